@@ -1,0 +1,173 @@
+# Two commands do it all: make serve, and make test.  Each sets up what is missing first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := serve
+
+PYTHON ?= python3
+FACE_MODEL ?= 1
+export FACE_MODEL
+
+# Which dlib: patched (built here, the fast one), stock (built here as it is) or prebuilt (the
+# wheel dlib-bin, for a machine that can't compile).
+CAN_COMPILE := $(shell command -v c++ > /dev/null && $(PYTHON) -c 'import os.path, sysconfig; \
+	print(*[1] * os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2> /dev/null)
+DLIB ?= $(if $(CAN_COMPILE),patched,prebuilt)
+
+# This machine's own instructions; but no fused multiply-add, which would move boxes and descriptors.
+CXXFLAGS ?= -march=native -ffp-contract=off
+export CXXFLAGS
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+INSTALLED := $(VENV)/installed-$(DLIB)
+
+help: ## say what there is
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=patched|stock|prebuilt PYTHON="
+
+serve: setup $(if $(API_KEY),,api.key) ## run the service, on 0.0.0.0:5000 if HOST and PORT say nothing else (the default)
+	@exec $(BIN)/python facerecognition-external-model.py
+
+setup: $(INSTALLED) download-models ## set up what is missing of the virtual environment and the models
+
+test: setup $(VENV)/installed-tests tests/photos ## run all tests
+	@for model in 1 2 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pytest tests
+
+clean: ## delete all that make has made here, but for api.key
+	rm -rf $(VENV) vendor/models vendor/wheels vendor/build tests/photos
+	find . -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache | xargs rm -rf
+
+.PHONY: help serve setup test clean download-models
+
+
+# ---- The virtual environment, and dlib ----
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=python3.13 ..."; exit 1; }
+	@echo "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV) || \
+		{ rm -rf $(VENV); echo "Python's venv is missing: apt install python3-venv"; exit 1; }
+
+$(VENV)/installed-patched: $(VENV)/pyvenv.cfg requirements.txt vendor/dlib.patch
+	@echo "Installing Flask, gunicorn, NumPy, Pillow and OpenBLAS"
+	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
+	@grep -v ^dlib requirements.txt | $(PIP) install -r /dev/stdin
+	@$(MAKE) --no-print-directory vendor/wheels/patched
+	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+	@$(PIP) install vendor/wheels/patched/*.whl && touch $@
+
+$(VENV)/installed-stock: $(VENV)/pyvenv.cfg requirements.txt
+	@echo "Installing stock dlib, which is some 20 times slower than the patched one; it takes 7 minutes to build"
+	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
+	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+	@$(PIP) install -r requirements.txt && touch $@
+
+$(VENV)/installed-prebuilt: $(VENV)/pyvenv.cfg requirements.txt
+	@echo "Installing a prebuilt dlib, which is some 20 times slower than the one that is built here" \
+		"where there is a compiler (apt install g++ make patch python3-dev, then make DLIB=patched)"
+	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
+	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+	@sed s/^dlib/dlib-bin/ requirements.txt | $(PIP) install -r /dev/stdin && touch $@
+
+# The wheel of the patched dlib is also kept beside pip's own, for the next clone on this machine.
+# What it is built from and for makes its folder's name.
+vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256
+	@key=$$({ cat $^; $(BIN)/python -VV; $${CXX:-c++} $$CXXFLAGS -dumpfullversion -Q --help=target; } | sha256sum | cut -c1-16); \
+	kept=$$($(BIN)/pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model/$$key; \
+	if ! [ -e $$kept ]; then \
+		$(MAKE) --no-print-directory vendor/build/dlib; \
+		mkdir -p $$(dirname $$kept) && cp -r vendor/build/dlib/wheel $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
+	fi; \
+	rm -rf $@ && mkdir -p $(@D) && cp -r $$kept $@
+	@rm -rf vendor/build/dlib
+
+vendor/build/dlib: vendor/dlib.patch vendor/dlib.sha256
+	@echo "Building dlib, once: some 3 minutes on two cores"
+	@rm -rf $@ && mkdir -p $@
+	@cd $@ && $(CURDIR)/$(PIP) download --no-deps --no-binary dlib dlib==20.0.1 && \
+		sha256sum --quiet -c $(CURDIR)/vendor/dlib.sha256 && \
+		tar xf dlib-20.0.1.tar.gz && patch -s -d dlib-20.0.1 -p1 < $(CURDIR)/vendor/dlib.patch
+	@DLIB_SCIPY_OPENBLAS=$$($(BIN)/python -c 'import scipy_openblas32; print(*scipy_openblas32.__path__)') \
+	DLIB_PYTHON_FACES_ONLY=ON DLIB_NO_GUI_SUPPORT=ON DLIB_USE_BLAS=OFF DLIB_USE_LAPACK=OFF \
+	DLIB_GIF_SUPPORT=OFF DLIB_WEBP_SUPPORT=OFF DLIB_JXL_SUPPORT=OFF \
+	$(BIN)/pip wheel -v --no-deps -w $@/wheel $@/dlib-20.0.1 2>&1 | tee vendor/build/dlib.log | \
+		sed -unE 's/^ *(\[ *[0-9]+%\]).*\/(.*)\.o$$/\1 \2/p' || \
+		{ tail -30 vendor/build/dlib.log; echo "dlib could not be built (all of it: vendor/build/dlib.log);" \
+			"make DLIB=prebuilt does without, slowly"; rm -rf $@; exit 1; }
+
+$(VENV)/installed-tests: $(INSTALLED) tests/requirements.txt
+	@echo "Installing what the tests need"
+	@$(PIP) install -r tests/requirements.txt && touch $@
+
+
+# ---- The models: each file once in vendor/models, linked into the folder of each model that has it ----
+
+DETECTOR := mmod_human_face_detector.dat
+DESCRIPTOR := dlib_face_recognition_resnet_model_v1.dat
+FILES_1 := $(DETECTOR) shape_predictor_5_face_landmarks.dat $(DESCRIPTOR)
+FILES_2 := $(DETECTOR) shape_predictor_68_face_landmarks.dat $(DESCRIPTOR)
+FILES_3 := shape_predictor_5_face_landmarks.dat $(DESCRIPTOR)
+FILES_4 := $(FILES_1)
+$(if $(FILES_$(FACE_MODEL)),,$(error FACE_MODEL is $(FACE_MODEL), but the models are 1, 2, 3 and 4))
+
+# Where davisking/dlib-models on GitHub last changed each file.
+COMMIT_mmod_human_face_detector := 94cdb1e40b1c29c0bfcaf7355614bfe6da19460e
+COMMIT_dlib_face_recognition_resnet_model_v1 := 2a61575dd45d818271c085ff8cd747613a48f20d
+COMMIT_shape_predictor_5_face_landmarks := 4af9b776281dd7d6e2e30d4a2d40458b1e254e40
+COMMIT_shape_predictor_68_face_landmarks := 4af9b776281dd7d6e2e30d4a2d40458b1e254e40
+SECOND_SOURCE := face_recognition_models-0.3.0
+
+LINKS := $(addprefix vendor/models/$(FACE_MODEL)/,$(FILES_$(FACE_MODEL)))
+
+download-models: $(LINKS) ## fetch the files of FACE_MODEL
+
+$(LINKS): vendor/models/$(FACE_MODEL)/%: | vendor/models/%
+	@mkdir -p $(@D) && ln -sfn ../$* $@
+
+.PRECIOUS: vendor/models/%.dat
+vendor/models/%.dat:
+	@mkdir -p $(@D)
+	@fetch() { if command -v curl > /dev/null; then curl -fL -# --connect-timeout 15 -o $$@; else wget -T 15 -t 2 -O $$@; fi; }; \
+	known() { grep -q "^$$(sha256sum < $@.part | cut -c1-64)  $(@F)$$" vendor/models.sha256; }; \
+	echo "Downloading $(@F) from GitHub"; \
+	fetch $@.bz2 https://github.com/davisking/dlib-models/raw/$(COMMIT_$*)/$(@F).bz2 && \
+	bzip2 -d < $@.bz2 > $@.part && known || { \
+		echo "GitHub did not give it; taking it from the PyPI package $(SECOND_SOURCE), whose CNN detector" \
+			"is a later one: its boxes differ by some pixels"; \
+		$(MAKE) --no-print-directory vendor/build/$(SECOND_SOURCE).tar.gz; \
+		tar xzOf vendor/build/$(SECOND_SOURCE).tar.gz $(SECOND_SOURCE)/face_recognition_models/models/$(@F) > $@.part && known; \
+	} || { rm -f $@.part $@.bz2; echo "$(@F) can't be downloaded, or is not what vendor/models.sha256 lists: try again"; exit 1; }
+	@mv $@.part $@ && rm -f $@.bz2
+
+vendor/build/$(SECOND_SOURCE).tar.gz: | $(VENV)/pyvenv.cfg
+	@echo "Downloading $(@F), 100 MB"
+	@mkdir -p $(@D)/part && $(BIN)/pip download --no-deps --no-binary :all: --only-binary setuptools,wheel \
+		-d $(@D)/part $(subst -,==,$(SECOND_SOURCE)) && mv $(@D)/part/$(@F) $@
+
+
+# ---- The key, and the photos that the tests use ----
+
+api.key:
+	@umask 077 && openssl rand -base64 32 > $@ 2> /dev/null || $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(32))' > $@
+	@echo "A new API key is in api.key.  These two lines go into Nextcloud's config/config.php:"
+	@echo
+	@echo "  'facerecognition.external_model_url' => 'http://$$(hostname -I 2> /dev/null | cut -d' ' -f1 | grep . || echo THIS-MACHINE):$${PORT:-5000}',"
+	@echo "  'facerecognition.external_model_api_key' => '$$(cat $@)',"
+	@echo
+	@echo "Then, there: php occ face:setup -m 5"
+	@echo
+
+# Portraits of two presidents, in the public domain, and NASA's of Eileen Collins.
+tests/photos: | $(VENV)/pyvenv.cfg
+	@echo "Downloading photos for the tests"
+	@rm -rf $@.part && mkdir -p $@.part
+	@$(PIP) download --no-deps --no-binary face_recognition --only-binary scikit-image -d $@.part face_recognition==1.3.0 scikit-image==0.26.0
+	@tar xzf $@.part/face_recognition-1.3.0.tar.gz -C $@.part --strip-components 3 --wildcards '*/test_images/*.jpg' '*/test_images/*.png'
+	@$(BIN)/python -m zipfile -e $@.part/scikit_image*.whl $@.part/skimage && mv $@.part/skimage/skimage/data/astronaut.png $@.part
+	@rm -rf $@.part/skimage $@.part/*.whl $@.part/*.gz && mv $@.part $@

@@ -1,0 +1,687 @@
+"""Finds and describes the faces in photos, for Nextcloud's app Face Recognition.
+
+The app's model 5 posts photos here, one a request, and gets back each face's box,
+landmarks and descriptor as JSON:
+
+    GET  /welcome   who is there; needs no key, but checks one that is sent
+    GET  /health    "ok"; needs no key
+    GET  /open      the largest photo taken, and the preferred type
+    POST /detect    all faces of the photo in the form's field ``file``
+    POST /compute   the one face of ``file`` whose box is in the field ``face``
+
+Settings come from the environment:
+
+    API_KEY         the key shared with Nextcloud; else the file api.key beside this one
+    FACE_MODEL      1 to 4, the app's number of the model                            (1)
+    HOST, PORT      where to listen                                      (0.0.0.0, 5000)
+    MAXIMUM_AREA    the most pixels a photo may have       (3840 x 2160, if memory does)
+    MAXIMUM_BODY    the most bytes a request may have                           (64 MiB)
+    PHOTOS_AT_ONCE  how many are analysed at a time         (one a core, if memory does)
+
+``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
+other WSGI servers find ``create_app``, or ``app``.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import queue
+import socket
+import stat
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# One photo's work is spread by dlib's own threads, DLIB_NUM_THREADS of them: a BLAS with
+# threads of its own would only get in their way. It reads this as dlib loads it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("DLIB_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+import dlib
+import numpy as np
+from flask import Blueprint, Flask, abort, current_app, request
+from PIL import Image, UnidentifiedImageError
+from werkzeug.exceptions import HTTPException
+
+__version__ = "1.0.0"
+
+HERE = Path(__file__).resolve().parent
+
+logging.basicConfig(
+    stream=sys.stdout,
+    level=logging.INFO,
+    format="%(asctime)s %(levelname)s %(message)s",
+)
+log = logging.getLogger("facerecognition")
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+class Settings(NamedTuple):
+    """What the environment and the machine decide; it does not change while we run."""
+
+    api_key: str
+    face_model: int
+    host: str
+    port: int
+    maximum_area: int  # pixels of one photo
+    maximum_body: int  # bytes of one request
+    photos_at_once: int
+
+
+EXAMPLE_KEY = (
+    "put-the-output-of-openssl-rand-base64-32-here"  # what api.key.example holds
+)
+
+
+def read_settings(environ=os.environ):
+    """Return the ``Settings`` of this environment, or exit with the one line that says what is wrong."""
+    face_model = _whole_number(environ, "FACE_MODEL", 1)
+    if face_model not in MODELS:
+        sys.exit(
+            f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: start with FACE_MODEL=1."
+        )
+    maximum_area, photos_at_once = _fit_memory(
+        face_model,
+        _whole_number(environ, "MAXIMUM_AREA", None),
+        _whole_number(environ, "PHOTOS_AT_ONCE", None),
+    )
+    return Settings(
+        api_key=_read_api_key(environ),
+        face_model=face_model,
+        host=environ.get("HOST") or "0.0.0.0",
+        port=_whole_number(environ, "PORT", 5000),
+        maximum_area=maximum_area,
+        maximum_body=_whole_number(environ, "MAXIMUM_BODY", 64 << 20),
+        photos_at_once=photos_at_once,
+    )
+
+
+def _whole_number(environ, name, default):
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 16 and int(text)):
+        sys.exit(
+            f"{name} is {text!r}: give it a whole number above 0, or leave it out."
+        )
+    return int(text)
+
+
+def _read_api_key(environ):
+    key = environ.get("API_KEY", "").strip()
+    file = HERE / "api.key"
+    if not key:
+        try:
+            key = file.read_text("utf-8").strip()
+            others_read_it = file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
+        except FileNotFoundError:
+            sys.exit(
+                f"There is no API key: set API_KEY, or write one into {file} (openssl rand -base64 32)."
+            )
+        except (OSError, ValueError) as error:
+            sys.exit(
+                f"The API key can't be read from {file} ({error}): mend that, or set API_KEY."
+            )
+        if others_read_it:
+            log.warning(
+                "Others can read %s, and so use this service: chmod 600 it.", file
+            )
+    if key in ("", EXAMPLE_KEY):
+        sys.exit(
+            f"The API key is empty or the example's: set API_KEY or {file} to the output of openssl rand -base64 32."
+        )
+    return key
+
+
+def _fit_memory(face_model, maximum_area, photos_at_once):
+    """Return ``(maximum_area, photos_at_once)``, what is None of them chosen so that memory holds it."""
+    needed = (
+        BYTES_PER_PIXEL[face_model]
+        if FAST_DLIB or face_model == 3
+        else STOCK_BYTES_PER_PIXEL
+    )
+    room = max(_memory_limit() - BYTES_AT_REST, 0)
+    if maximum_area is None:
+        maximum_area = max(
+            min(LARGEST_AREA, room // needed // (photos_at_once or 1)), 1
+        )
+    if photos_at_once is None:
+        photos_at_once = max(
+            min(len(os.sched_getaffinity(0)), room // (needed * maximum_area)), 1
+        )
+    return maximum_area, photos_at_once
+
+
+def _memory_limit():
+    """Return the bytes this process may use: what the machine has free, or a control group's limit if that is less."""
+    limits = [
+        1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    ]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        group = root / path.lstrip("/")
+        for folder in (
+            group,
+            *group.parents,
+        ):  # a container may see its own group at the root
+            for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
+                try:
+                    limits.append(int((folder / name).read_text()))
+                except (OSError, ValueError):  # not there, or "max"
+                    pass
+    return min(limits)
+
+
+# ------------------------------------------------------------------------------ models
+
+DETECTOR = "mmod_human_face_detector.dat"
+LANDMARKS_5 = "shape_predictor_5_face_landmarks.dat"
+LANDMARKS_68 = "shape_predictor_68_face_landmarks.dat"
+DESCRIPTOR = "dlib_face_recognition_resnet_model_v1.dat"
+
+# The files of each model, in vendor/models/N.  HOG, the detector of model 3 and the second
+# opinion of model 4, is a part of dlib.
+MODELS = {
+    1: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
+    2: (DETECTOR, LANDMARKS_68, DESCRIPTOR),
+    3: (LANDMARKS_5, DESCRIPTOR),
+    4: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
+}
+
+
+HOG_CONFIDENCE = 1.1  # HOG gives none; the app is told this
+SAME_FACE_OVERLAP = 0.35
+UNSEEN_FACTOR = 0.8  # what the confidence of a face of model 4 is multiplied by if HOG does not see it
+SMALLEST_SIDE = 10  # pixels; dlib's CNN fails on less
+BORDER = 11  # pixels of black that the CNN puts around an image
+
+# dlib with vendor/dlib.patch says so.
+FAST_DLIB = getattr(dlib, "DLIB_SCIPY_OPENBLAS", False)
+
+LARGEST_AREA = 3840 * 2160
+BYTES_PER_PIXEL = {1: 260, 2: 260, 3: 260, 4: 400}
+STOCK_BYTES_PER_PIXEL = 1100
+BYTES_AT_REST = 400 << 20
+
+
+class ModelSet(NamedTuple):
+    """What one analysis needs of dlib.  Its networks are not thread-safe: one analysis at a time."""
+
+    cnn: "dlib.cnn_face_detection_model_v1 | None"
+    hog: "dlib.fhog_object_detector | None"
+    landmarks: dlib.shape_predictor
+    descriptor: dlib.face_recognition_model_v1
+
+
+def check_model_files(face_model):
+    """Exit with one line if a file of the model is not, to the bit, as released."""
+    known = (HERE / "vendor" / "models.sha256").read_text().splitlines()
+    for name in MODELS[face_model]:
+        file = _model_file(face_model, name)
+        try:
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            sys.exit(
+                f"{file} can't be read ({error.strerror}): make FACE_MODEL={face_model} download-models"
+            )
+        if f"{digest}  {name}" not in known:
+            sys.exit(
+                f"{file} is damaged: delete it, then make FACE_MODEL={face_model} download-models"
+            )
+
+
+def load_model_set(face_model):
+    """Load the model (1 to 4) once more: 35 MB, or 140 MB with the 68 landmarks, in 0.2 s."""
+    files = MODELS[face_model]
+    return ModelSet(
+        cnn=dlib.cnn_face_detection_model_v1(_model_file(face_model, DETECTOR))
+        if DETECTOR in files
+        else None,
+        hog=dlib.get_frontal_face_detector() if face_model in (3, 4) else None,
+        landmarks=dlib.shape_predictor(_model_file(face_model, files[-2])),
+        descriptor=dlib.face_recognition_model_v1(_model_file(face_model, DESCRIPTOR)),
+    )
+
+
+def _model_file(face_model, name):
+    return str(HERE / "vendor" / "models" / str(face_model) / name)
+
+
+def detect_faces(models, pixels, alone=True):
+    """Find the faces in an RGB image.
+
+    ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
+    ``dlib.rectangle`` in pixels and a confidence, in the detector's order.  ``alone`` says that
+    no other analysis wants the cores, so that HOG, which uses one, may run beside the CNN.
+    """
+    if min(pixels.shape[:2]) < SMALLEST_SIDE:
+        return []
+    if not models.cnn:
+        return [(box, HOG_CONFIDENCE) for box in models.hog(pixels, 1)]
+    if not models.hog:
+        return [(face.rect, face.confidence) for face in models.cnn(pixels, 0)]
+    with ThreadPoolExecutor(1) as beside:
+        hog = beside.submit(models.hog, pixels, 1) if alone else None
+        faces = models.cnn(pixels, 0)
+        boxes = (hog or beside.submit(models.hog, pixels, 1)).result() if faces else []
+    return [
+        (
+            face.rect,
+            face.confidence
+            if _seen(face.rect, boxes)
+            else face.confidence * UNSEEN_FACTOR,
+        )
+        for face in faces
+    ]
+
+
+def _seen(face, boxes):
+    """Tell whether one of the boxes overlaps the face: intersection over union, on areas in pixels."""
+    for box in boxes:
+        common = face.intersect(box).area()
+        if common >= SAME_FACE_OVERLAP * (face.area() + box.area() - common):
+            return True
+    return False
+
+
+def describe_faces(models, pixels, boxes):
+    """Return (landmarks, descriptor) for each ``dlib.rectangle``: points, and 128 numbers.
+
+    The descriptor is that of dlib's ResNet for the face aligned by its landmarks with a padding
+    of 0.25, without jitter.  Faces whose descriptors are closer than 0.6 (Euclidean) are taken for
+    the same person's: http://dlib.net/face_recognition.py.html
+    """
+    if not boxes:
+        return []
+    shapes = [models.landmarks(pixels, box) for box in boxes]
+    descriptors = models.descriptor.compute_face_descriptor(
+        pixels, dlib.full_object_detections(shapes)
+    )
+    return [
+        (shape.parts(), list(descriptor))
+        for shape, descriptor in zip(shapes, descriptors)
+    ]
+
+
+# ------------------------------------------------------------------------------ images
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what photos come in
+
+
+def open_photo(file, maximum_area):
+    """Read the header of an image file, and return it as a ``PIL.Image`` that is not decoded yet.
+
+    Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is one that is broken, and
+    with 412 if the image has more than ``maximum_area`` pixels.
+    """
+    with _refusals(maximum_area):
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            file.seek(0)
+            start = file.read(32)
+            if start and not any(
+                Image.OPEN[name][1](start) for name in FORMATS if name in Image.OPEN
+            ):
+                abort(
+                    415,
+                    f"This is not an image that can be read here: send one of {', '.join(FORMATS)}.",
+                )
+            raise
+        # dlib surrounds an image with black, which is nothing to a photo (no JPEG, whose sides end
+        # at 65535, grows by a quarter), but makes a strip one pixel wide 23 times as large.
+        if (image.width + 2 * BORDER) * (
+            image.height + 2 * BORDER
+        ) > 1.25 * maximum_area:
+            raise Image.DecompressionBombError
+    return image
+
+
+def decode(image, maximum_area):
+    """Return the pixels of an opened image as dlib wants them: RGB, a uint8 array (height, width, 3).
+
+    They are the file's, whatever its EXIF orientation.  Transparent ones are blended onto black as
+    dlib does it (``assign`` of an ``rgb_alpha_pixel`` in its pixel.h); greys of more than 8 bits are
+    scaled down to 8.  Aborts with 400 if the image is broken or cut short.
+    """
+    with _refusals(maximum_area):
+        if image.mode.startswith("I;16"):
+            return _grey(np.asarray(image) >> 8)
+        if image.mode in (
+            "I",
+            "F",
+        ):  # no white is defined: the image's own lightest pixel is
+            values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+            values -= values.min()
+            return _grey(values * (255 / max(values.max(), 1e-9)))
+        if image.has_transparency_data:
+            rgba = np.asarray(image.convert("RGBA"))
+            alpha = rgba[..., 3:].astype(np.uint16)
+            return (rgba[..., :3] * (alpha + (alpha == 255)) >> 8).astype(np.uint8)
+        return np.asarray(image.convert("RGB"))
+
+
+def _grey(values):
+    return np.repeat(values.astype(np.uint8)[..., np.newaxis], 3, axis=2)
+
+
+@contextmanager
+def _refusals(maximum_area):
+    """Turn what Pillow raises, which for a broken image may be anything, into the client's error."""
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        abort(
+            412,
+            f"The image has more than the {maximum_area} pixels that are analysed here: scale it down.",
+        )
+    except (HTTPException, MemoryError):
+        raise
+    except Exception as error:
+        if getattr(
+            error, "errno", None
+        ):  # the disk's or the system's fault, not the image's
+            raise
+        abort(400, "The image is broken or cut short: send the whole file.")
+
+
+# ----------------------------------------------------------------------------- service
+
+service = Blueprint("service", __name__)
+
+
+@service.before_request
+def check_key():
+    """Abort with 401 unless the request carries the API key, or needs none."""
+    if request.endpoint == "service.health" or (
+        request.endpoint == "service.welcome" and "x-api-key" not in request.headers
+    ):
+        return
+    sent = request.headers.get("x-api-key", "").encode(
+        "latin-1"
+    )  # the bytes, as WSGI hands them over
+    if not hmac.compare_digest(sent, _settings().api_key.encode()):
+        abort(
+            401,
+            "The API key is missing or wrong: send this service's in the header x-api-key.",
+        )
+
+
+@service.get("/welcome")
+def welcome():
+    """Say who is there, and on what dlib; needs no key, but a wrong one is told."""
+    return {
+        "facerecognition-external-model": "welcome",
+        "version": __version__,
+        "model": _settings().face_model,
+        "dlib": about_dlib(),
+    }
+
+
+@service.get("/health")
+def health():
+    """Say that requests are answered."""
+    return "ok", {"Content-Type": "text/plain"}
+
+
+@service.get("/open")
+def open_model():
+    """Say what photos to send: of what type, and of how many pixels at the most."""
+    return {
+        "preferred_mimetype": "image/jpeg",
+        "maximum_area": _settings().maximum_area,
+    }
+
+
+@service.post("/detect")
+def detect():
+    """Find and describe all faces of the photo in the field ``file``."""
+    upload = _posted_file()
+    faces = analyse(upload, detect_faces)
+    return {
+        "filename": os.path.basename(upload.filename),
+        "faces-count": len(faces),
+        "faces": faces,
+    }
+
+
+@service.post("/compute")
+def compute():
+    """Describe the face of the photo in ``file`` whose box is in ``face``, as JSON."""
+    upload = _posted_file()
+    face, box = _posted_face()
+    (described,) = analyse(upload, lambda models, pixels, alone: [(box, None)])
+    face |= {name: described[name] for name in ("landmarks", "descriptor")}
+    return {"filename": os.path.basename(upload.filename), "face": face}
+
+
+def analyse(upload, find):
+    """Describe the faces of an uploaded photo that ``find(models, pixels, alone)`` finds in it.
+
+    The photo waits as a file until a model set is free, then is decoded.
+    Returns a list of dicts, as the answer to ``/detect`` has them.
+    """
+    settings, model_sets = _settings(), current_app.config["MODEL_SETS"]
+    image = open_photo(upload.stream, settings.maximum_area)
+    asked = time.monotonic()
+    models = model_sets.get()
+    try:
+        started = time.monotonic()
+        if _client_is_gone():
+            abort(400, "The client hung up while it waited.")
+        pixels = decode(image, settings.maximum_area)
+        try:
+            alone = model_sets.qsize() == settings.photos_at_once - 1
+            found = find(models, pixels, alone)
+            described = describe_faces(models, pixels, [box for box, _ in found])
+        except (
+            Exception
+        ):  # a network that was interrupted would crash on the next photo
+            models = load_model_set(settings.face_model)
+            raise
+    finally:
+        model_sets.put(models)
+    log.info(
+        "%s: %d faces in %d x %d pixels, %.0f ms after %.0f ms of waiting",
+        request.path,
+        len(found),
+        image.width,
+        image.height,
+        1000 * (time.monotonic() - started),
+        1000 * (started - asked),
+    )
+    return [
+        {
+            "detection_confidence": confidence,
+            "left": box.left(),
+            "top": box.top(),
+            "right": box.right(),
+            "bottom": box.bottom(),
+            "landmarks": [{"x": point.x, "y": point.y} for point in landmarks],
+            "descriptor": descriptor,
+        }
+        for (box, confidence), (landmarks, descriptor) in zip(found, described)
+    ]
+
+
+def _settings():
+    return current_app.config["SETTINGS"]
+
+
+def _posted_file():
+    if "file" not in request.files:
+        abort(
+            400,
+            "There is no photo: send it as the file of a multipart form's field named file.",
+        )
+    return request.files["file"]
+
+
+def _posted_face():
+    """Return the field ``face`` as the dict that it is and the ``dlib.rectangle`` that it frames."""
+    try:
+        face = json.loads(request.form["face"])
+        json.dumps(face, allow_nan=False)
+        sides = [face[side] for side in ("left", "top", "right", "bottom")]
+        if not all(
+            type(side) in (int, float) and abs(side) < 1 << 20 for side in sides
+        ):
+            raise ValueError
+        box = dlib.rectangle(*map(round, sides))
+        if box.is_empty():
+            raise ValueError
+    except (KeyError, TypeError, ValueError, RecursionError):
+        abort(
+            400,
+            "There is no face: send a JSON object in the form's field named face, with the numbers "
+            "left, top, right and bottom, in pixels, right and bottom not less than left and top.",
+        )
+    return face, box
+
+
+def _client_is_gone():
+    """Tell whether the client has closed the connection that its answer would go to."""
+    connection = request.environ.get("gunicorn.socket") or request.environ.get(
+        "werkzeug.socket"
+    )
+    try:
+        return connection is not None and not connection.recv(
+            1, socket.MSG_PEEK | socket.MSG_DONTWAIT
+        )
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+@service.app_errorhandler(Exception)
+def error_answer(error):
+    """Answer any error as JSON that says what is wrong and what to do."""
+    if isinstance(error, HTTPException):
+        # What is left of a body is read, as a connection closed before that loses its answer.
+        while request.environ["wsgi.input"].read(1 << 16):
+            pass
+        return {"error": error.description}, error.code
+    if isinstance(error, MemoryError):
+        log.error(
+            "Out of memory: lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or give the service more."
+        )
+        return {
+            "error": "There is too little memory for this photo: lower MAXIMUM_AREA or PHOTOS_AT_ONCE."
+        }, 507
+    if isinstance(error, OSError):
+        log.error(
+            "A photo can't be kept: %s. Make room in the temporary folder.",
+            error.strerror,
+        )
+        return {
+            "error": f"The photo can't be kept ({error.strerror}): make room in the temporary folder."
+        }, 507
+    log.exception("An error of this service's own")
+    return {"error": "The service failed; its log says more."}, 500
+
+
+def about_dlib():
+    """Return a line about the dlib in use, and how fast that is."""
+    cuda = "CUDA" if dlib.DLIB_USE_CUDA else "no CUDA"
+    threads = f"{os.environ['DLIB_NUM_THREADS']} threads"
+    if not FAST_DLIB:
+        return f"{dlib.__version__}, stock: some 20 times slower than the patched one that make serve builds, {cuda}"
+    import scipy_openblas32
+
+    kernel = scipy_openblas32.get_openblas_config().split()[-2]
+    return f"{dlib.__version__}, patched, OpenBLAS for {kernel}, {threads}, {cuda}"
+
+
+def create_app(settings=None):
+    """Load the models, and return the Flask application that answers for them."""
+    settings = settings or read_settings()
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = settings.maximum_area
+    app = Flask(__name__, static_folder=None)
+    app.json.sort_keys = False
+    model_sets = queue.LifoQueue()  # the last one used still has its memory
+    for _ in range(settings.photos_at_once):
+        model_sets.put(load_model_set(settings.face_model))
+    app.config.update(
+        SETTINGS=settings,
+        MODEL_SETS=model_sets,
+        MAX_CONTENT_LENGTH=settings.maximum_body,
+    )
+    app.register_blueprint(service)
+    log.info(
+        "Version %s, model %d; dlib %s; %d photos at once, of up to %d pixels",
+        __version__,
+        settings.face_model,
+        about_dlib(),
+        settings.photos_at_once,
+        settings.maximum_area,
+    )
+    return app
+
+
+def serve():
+    """Serve with gunicorn until SIGTERM, then finish what is in work.
+
+    There is one process, so that the models are in memory once, and a thread for each request:
+    they wait for the models rather than be refused.
+    """
+    from gunicorn.app.base import BaseApplication
+
+    settings = read_settings()
+
+    class Server(BaseApplication):
+        def load_config(self):
+            options = {
+                "bind": f"[{settings.host}]:{settings.port}"
+                if ":" in settings.host
+                else f"{settings.host}:{settings.port}",
+                "worker_class": "gthread",
+                "threads": 512,
+                "worker_connections": 1024,
+                "timeout": 0,  # no photo is too slow
+                "graceful_timeout": 3600,
+                "keepalive": 0,  # a connection kept for the next photo could break under it when we stop
+                "control_socket_disable": True,
+                "post_fork": _tell_of_replacement,
+            }
+            for name, value in options.items():
+                self.cfg.set(name, value)
+
+        def load(self):
+            return create_app(settings)
+
+    Server().run()
+
+
+def _tell_of_replacement(server, worker):
+    if worker.age > 1:
+        log.error(
+            "The server process died and is replaced; the photos it had in work are lost. If it was killed for want "
+            "of memory (SIGKILL), lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or give the service more."
+        )
+
+
+def __getattr__(name):
+    """Make ``app``, for WSGI servers that look for it, only when it is asked for."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(name)
+
+
+if __name__ == "__main__":
+    serve()
