@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from werkzeug.datastructures import FileStorage
 from werkzeug.test import encode_multipart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,11 +36,18 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
 
     def request(self, path, form=None, key=KEY, headers=None, body=None):
-        """Return (status, answer): JSON decoded, anything else as text."""
+        """Return (status, answer): JSON decoded, anything else as text.
+
+        A tuple (file, filename) in the form is sent as a file.
+        """
         headers = dict(headers or {})
         if key is not None:
             headers["x-api-key"] = key
         if form is not None:
+            form = {
+                name: FileStorage(*value) if type(value) is tuple else value
+                for name, value in form.items()
+            }
             boundary, body = encode_multipart(form)
             headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         request = urllib.request.Request(self.url + path, body, headers)
@@ -183,14 +191,15 @@ def scaled(image, megapixels):
 
 
 def group():
-    """Three people side by side, as a picture: two presidents and an astronaut."""
-    faces = [
-        picture(name).resize((480, 600))
-        for name in ("obama.jpg", "biden.jpg", "astronaut.png")
-    ]
-    together = Image.new("RGB", (1440, 600))
-    for i, face in enumerate(faces):
-        together.paste(face, (480 * i, 0))
+    """Three people side by side: two presidents and an astronaut."""
+    heads = {
+        "obama.jpg": (255, 30, 735, 510),
+        "biden.jpg": (335, 160, 815, 640),
+        "astronaut.png": (100, 0, 340, 240),
+    }
+    together = Image.new("RGB", (1440, 480))
+    for i, (name, head) in enumerate(heads.items()):
+        together.paste(picture(name).crop(head).resize((480, 480)), (480 * i, 0))
     return together
 
 

@@ -1,0 +1,137 @@
+"""The pixels that dlib gets: Pillow's, equal to dlib's own, and what a person would expect."""
+
+import io
+
+import dlib
+import numpy as np
+import pytest
+from conftest import PHOTOS, encoded, module, picture, scaled
+from PIL import Image
+from werkzeug.exceptions import HTTPException
+
+
+def pixels(content, maximum_area=8294400):
+    return module.decode(
+        module.open_photo(io.BytesIO(content), maximum_area), maximum_area
+    )
+
+
+def status(content, maximum_area=8294400):
+    with pytest.raises(HTTPException) as refusal:
+        pixels(content, maximum_area)
+    return refusal.value.code
+
+
+def small():
+    return scaled(picture("obama.jpg"), 0.05)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PHOTOS.glob("*.*g")), ids=lambda file: file.name
+)
+def test_the_same_as_dlib_loads(file):
+    assert np.array_equal(pixels(file.read_bytes()), dlib.load_rgb_image(str(file)))
+
+
+def test_transparency_as_dlib_blends_it(tmp_path):
+    rgba = small().convert("RGBA")
+    ramp = Image.linear_gradient("L").resize(rgba.size)
+    rgba.putalpha(ramp)
+    rgba.save(tmp_path / "a.png")
+    assert np.array_equal(
+        pixels((tmp_path / "a.png").read_bytes()),
+        dlib.load_rgb_image(str(tmp_path / "a.png")),
+    )
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "P", "1", "L", "RGB", "RGBA"])
+def test_what_is_transparent_is_black(mode):
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 255))
+    image.paste((255, 255, 255, 0), (0, 0, 32, 64))
+    if mode == "P":
+        sent = encoded(image.quantize(4), "PNG")
+    elif mode in ("1", "L", "RGB"):  # one colour is declared transparent
+        image = Image.new(mode, (64, 64), "white")
+        image.paste("black", (0, 0, 32, 64))
+        white = 255 if mode != "RGB" else (255, 255, 255)
+        seen = pixels(encoded(image, "PNG", transparency=white))
+        assert not seen.any()
+        return
+    else:
+        sent = encoded(image.convert(mode), "TIFF" if mode == "PA" else "PNG")
+    seen = pixels(sent)
+    assert (seen[:, 32:] == 255).all()
+    assert mode == "PA" or not seen[:, :32].any()  # TIFF keeps no transparent palette
+
+
+@pytest.mark.parametrize(
+    "mode, format",
+    [("L", "JPEG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("P", "GIF")],
+)
+def test_grey_and_palette(mode, format):
+    image = small().convert(mode)
+    seen = pixels(encoded(image, format))
+    assert seen.shape == (image.height, image.width, 3) and seen.dtype == np.uint8
+    assert np.abs(seen.astype(int) - np.asarray(image.convert("RGB"))).mean() < 3
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_cut_off(format):
+    grey = np.asarray(small().convert("L")).astype(np.uint16)
+    seen = pixels(encoded(Image.fromarray(grey * 257), format))
+    assert np.array_equal(seen[..., 0], grey)
+    assert np.array_equal(seen[..., 0], seen[..., 2])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_greys_without_a_white_are_stretched(dtype):
+    grey = np.asarray(small().convert("L"))
+    seen = pixels(
+        encoded(
+            Image.fromarray(
+                (grey.astype(dtype) * 7) / 3
+                if dtype == np.float32
+                else grey.astype(dtype) * 700
+            ),
+            "TIFF",
+        )
+    )
+    stretched = (grey.astype(float) - grey.min()) * 255 / (grey.max() - grey.min())
+    assert np.abs(seen[..., 1] - stretched).max() <= 1
+
+
+def test_cmyk():
+    image = small()
+    seen = pixels(encoded(image.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(seen.astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several(format):
+    frames = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
+    seen = pixels(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
+    assert (
+        seen.shape == (40, 60, 3)
+        and abs(seen[20, 30].astype(int) - (255, 0, 0)).max() < 5
+    )
+
+
+@pytest.mark.parametrize("format", ["WEBP", "AVIF", "BMP", "TIFF"])
+def test_other_formats(format):
+    image = small()
+    assert (
+        np.abs(pixels(encoded(image, format)).astype(int) - np.asarray(image)).mean()
+        < 5
+    )
+
+
+def test_more_pixels_than_allowed():
+    assert status(encoded(Image.new("L", (101, 100))), 10_000) == 412
+    assert status(encoded(Image.new("L", (500, 500), "white"), "GIF"), 10_000) == 412
+    assert pixels(encoded(Image.new("L", (100, 100))), 12_000).shape == (100, 100, 3)
+
+
+def test_the_largest_photos_of_any_shape_are_taken():
+    for size in ((3840, 2160), (2160, 3840), (2880, 2880), (16384, 506), (126, 65500)):
+        image = Image.new("L", size)
+        assert module.open_photo(io.BytesIO(encoded(image)), 8294400).size == size
