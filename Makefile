@@ -38,11 +38,25 @@ test: setup $(VENV)/installed-tests tests/photos ## run all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pytest tests
 
+soak: setup $(VENV)/installed-tests tests/photos ## run the tests of reliability at length, some 15 minutes
+	SOAK=1 $(BIN)/pytest -rA tests/test_trust.py
+
+bench: setup $(VENV)/installed-tests tests/photos $(VENV)/stock ## compare with the stock dlib, some 15 minutes
+	@for model in 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
+	@$(BIN)/python tests/bench.py $(VENV)/stock/bin/python
+
+memory: setup $(VENV)/installed-tests tests/photos ## measure what an analysis takes
+	@for model in 1 2 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
+	@$(BIN)/python tests/memory.py
+
+try: setup $(if $(API_KEY),,api.key) ## draw what the service sees in PHOTO=family.jpg, or in two of them
+	@$(BIN)/python tests/try.py $(PHOTO)
+
 clean: ## delete all that make has made here, but for api.key
 	rm -rf $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache | xargs rm -rf
 
-.PHONY: help serve setup test clean download-models
+.PHONY: help serve setup test soak bench memory try docker docker-test clean download-models
 
 
 # ---- The virtual environment, and dlib ----
@@ -54,37 +68,36 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -m venv --clear $(VENV) || \
 		{ rm -rf $(VENV); echo "Python's venv is missing: apt install python3-venv"; exit 1; }
 
-$(VENV)/installed-patched: $(VENV)/pyvenv.cfg requirements.txt vendor/dlib.patch
-	@echo "Installing Flask, gunicorn, NumPy, Pillow and OpenBLAS"
-	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
-	@grep -v ^dlib requirements.txt | $(PIP) install -r /dev/stdin
-	@$(MAKE) --no-print-directory vendor/wheels/patched
-	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
-	@$(PIP) install vendor/wheels/patched/*.whl && touch $@
+$(VENV)/installed-base: $(VENV)/pyvenv.cfg requirements.txt
+	@echo "Installing Flask, gunicorn, NumPy and Pillow"
+	@rm -f $(VENV)/installed-*
+	@grep -v ^dlib requirements.txt | $(PIP) install -r /dev/stdin && touch $@
 
-$(VENV)/installed-stock: $(VENV)/pyvenv.cfg requirements.txt
-	@echo "Installing stock dlib, which is some 20 times slower than the patched one; it takes 7 minutes to build"
-	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
-	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
-	@$(PIP) install -r requirements.txt && touch $@
+$(VENV)/installed-patched: $(VENV)/installed-base vendor/wheels/patched
+	@rm -f $(VENV)/installed-{stock,prebuilt} && $(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+	@$(PIP) install --no-deps vendor/wheels/patched/*.whl && touch $@
 
-$(VENV)/installed-prebuilt: $(VENV)/pyvenv.cfg requirements.txt
-	@echo "Installing a prebuilt dlib, which is some 20 times slower than the one that is built here" \
-		"where there is a compiler (apt install g++ make patch python3-dev, then make DLIB=patched)"
-	@rm -f $(VENV)/installed-{patched,stock,prebuilt}
-	@$(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+$(VENV)/installed-stock: $(VENV)/installed-base
+	@echo "Building the stock dlib, some 7 minutes on two cores; it is some 20 times slower than the patched one"
+	@rm -f $(VENV)/installed-{patched,prebuilt} && $(PIP) uninstall -y dlib dlib-bin 2> /dev/null
+	@CXXFLAGS= $(PIP) install -r requirements.txt && touch $@
+
+$(VENV)/installed-prebuilt: $(VENV)/installed-base
+	@echo "Installing a prebuilt dlib, which is some 20 times slower than the one that make builds" \
+		"where it can (apt install g++ make patch python3-dev, then make DLIB=patched ...)"
+	@rm -f $(VENV)/installed-{patched,stock} && $(PIP) uninstall -y dlib dlib-bin 2> /dev/null
 	@sed s/^dlib/dlib-bin/ requirements.txt | $(PIP) install -r /dev/stdin && touch $@
 
 # The wheel of the patched dlib is also kept beside pip's own, for the next clone on this machine.
 # What it is built from and for makes its folder's name.
-vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256
+vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/installed-base
 	@key=$$({ cat $^; $(BIN)/python -VV; $${CXX:-c++} $$CXXFLAGS -dumpfullversion -Q --help=target; } | sha256sum | cut -c1-16); \
 	kept=$$($(BIN)/pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model/$$key; \
 	if ! [ -e $$kept ]; then \
 		$(MAKE) --no-print-directory vendor/build/dlib; \
 		mkdir -p $$(dirname $$kept) && cp -r vendor/build/dlib/wheel $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
 	fi; \
-	rm -rf $@ && mkdir -p $(@D) && cp -r $$kept $@
+	rm -rf $@ && mkdir -p $(@D) && cp -r $$kept $@ && touch $@
 	@rm -rf vendor/build/dlib
 
 vendor/build/dlib: vendor/dlib.patch vendor/dlib.sha256
@@ -100,6 +113,12 @@ vendor/build/dlib: vendor/dlib.patch vendor/dlib.sha256
 		sed -unE 's/^ *(\[ *[0-9]+%\]).*\/(.*)\.o$$/\1 \2/p' || \
 		{ tail -30 vendor/build/dlib.log; echo "dlib could not be built (all of it: vendor/build/dlib.log);" \
 			"make DLIB=prebuilt does without, slowly"; rm -rf $@; exit 1; }
+
+# For the benchmark alone.
+$(VENV)/stock: | $(VENV)/pyvenv.cfg
+	@echo "Building the stock dlib to compare with, once: some 7 minutes on two cores"
+	@$(PYTHON) -m venv $@.part && CXXFLAGS= $@.part/bin/pip -q install --no-binary dlib dlib==20.0.1 flask numpy pillow
+	@rm -rf $@ && mv $@.part $@
 
 $(VENV)/installed-tests: $(INSTALLED) tests/requirements.txt
 	@echo "Installing what the tests need"

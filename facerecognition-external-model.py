@@ -17,6 +17,7 @@ Settings come from the environment:
     MAXIMUM_AREA    the most pixels a photo may have       (3840 x 2160, if memory does)
     MAXIMUM_BODY    the most bytes a request may have                           (64 MiB)
     PHOTOS_AT_ONCE  how many are analysed at a time         (one a core, if memory does)
+    DLIB_NUM_THREADS  how many cores one photo may use                             (all)
 
 ``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
 other WSGI servers find ``create_app``, or ``app``.
@@ -34,7 +35,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,11 +82,11 @@ NEW_KEY = "openssl rand -base64 32 makes a good one."
 
 
 def read_settings(environ=os.environ):
-    """Return the ``Settings`` of this environment, or exit with the one line that says what is wrong."""
+    """Return the ``Settings`` of this environment, or exit with a line that says what is wrong."""
     face_model = _whole_number(environ, "FACE_MODEL", 1)
     if face_model not in MODELS:
         sys.exit(
-            f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: start with FACE_MODEL=1."
+            f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: choose one."
         )
     check_model_files(face_model)
     maximum_area, photos_at_once = _fit_memory(
@@ -97,20 +98,20 @@ def read_settings(environ=os.environ):
         api_key=_read_api_key(environ),
         face_model=face_model,
         host=environ.get("HOST") or "0.0.0.0",
-        port=_whole_number(environ, "PORT", 5000),
+        port=_whole_number(environ, "PORT", 5000, 65535),
         maximum_area=maximum_area,
         maximum_body=_whole_number(environ, "MAXIMUM_BODY", 64 << 20),
         photos_at_once=photos_at_once,
     )
 
 
-def _whole_number(environ, name, default):
+def _whole_number(environ, name, default, largest=10**15):
     text = environ.get(name, "").strip()
     if not text:
         return default
-    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 16 and int(text)):
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) <= largest):
         sys.exit(
-            f"{name} is {text!r}: give it a whole number above 0, or leave it out."
+            f"{name} is {text!r}: give a whole number from 1 to {largest}, or none."
         )
     return int(text)
 
@@ -118,46 +119,34 @@ def _whole_number(environ, name, default):
 def _read_api_key(environ):
     file = HERE / "api.key"
     key = environ.get("API_KEY", "").strip()
+    from_file = not key
     try:
         key = key or file.read_text("utf-8").strip()
     except FileNotFoundError:
-        sys.exit(
-            f"There is no API key: set API_KEY, or make the file {file}; {NEW_KEY}"
-        )
+        sys.exit(f"There is no API key: set API_KEY, or put one into {file}. {NEW_KEY}")
     except (OSError, ValueError) as error:
         sys.exit(f"{file} can't be read ({error}): mend that, or set API_KEY.")
     if key in ("", EXAMPLE_KEY):
         sys.exit(
-            f"The API key, API_KEY or {file}, is empty or the example's; {NEW_KEY}"
+            f"The API key (API_KEY or {file}) is empty or the example's. {NEW_KEY}"
         )
-    if not environ.get("API_KEY") and file.stat().st_mode & (
-        stat.S_IRGRP | stat.S_IROTH
-    ):
+    if from_file and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("Others on this machine can read %s: chmod 600 it.", file)
     return key
 
 
 def _fit_memory(face_model, maximum_area, photos_at_once):
-    """Return ``(maximum_area, photos_at_once)``, what is None of them chosen so that memory holds it."""
-    needed = (
-        BYTES_PER_PIXEL[face_model]
-        if FAST_DLIB or face_model == 3
-        else STOCK_BYTES_PER_PIXEL
+    """Return both numbers, those that are None chosen so that memory holds what they promise."""
+    room = max(_memory_limit() - BYTES_AT_REST, 0) // bytes_per_pixel(face_model)
+    maximum_area = maximum_area or max(
+        min(LARGEST_AREA, room // (photos_at_once or 1)), 1
     )
-    room = max(_memory_limit() - BYTES_AT_REST, 0)
-    if maximum_area is None:
-        maximum_area = max(
-            min(LARGEST_AREA, room // needed // (photos_at_once or 1)), 1
-        )
-    if photos_at_once is None:
-        photos_at_once = max(
-            min(len(os.sched_getaffinity(0)), room // (needed * maximum_area)), 1
-        )
-    return maximum_area, photos_at_once
+    cores = len(os.sched_getaffinity(0))
+    return maximum_area, photos_at_once or max(min(cores, room // maximum_area), 1)
 
 
 def _memory_limit():
-    """Return the bytes this process may use: what the machine has free, or a control group's limit if that is less."""
+    """Return the bytes of memory that are free, or a control group's limit where that is less."""
     limits = [
         1024 * int(line.split()[1])
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -165,19 +154,13 @@ def _memory_limit():
     ]
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup", controllers)
-        group = root / path.lstrip("/")
-        for folder in (
-            group,
-            *group.parents,
-        ):  # a container may see its own group at the root
-            for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
-                try:
-                    limits.append(int((folder / name).read_text()))
-                except (OSError, ValueError):  # not there, or "max"
-                    pass
+        if controllers in ("", "memory"):  # versions 2 and 1
+            group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+            # The group's parents limit it, too; and a container may see itself as their root.
+            for folder in (group, *group.parents):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    with suppress(OSError, ValueError):  # no such limit
+                        limits.append(int((folder / name).read_text()))
     return min(limits)
 
 
@@ -193,27 +176,29 @@ DESCRIPTOR = "dlib_face_recognition_resnet_model_v1.dat"
 MODELS = {
     1: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
     2: (DETECTOR, LANDMARKS_68, DESCRIPTOR),
-    3: (LANDMARKS_5, DESCRIPTOR),
+    3: (None, LANDMARKS_5, DESCRIPTOR),
     4: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
 }
 
+HOG_CONFIDENCE = 1.1  # it gives none of its own: this is what the app is told
+SAME_FACE_OVERLAP = 0.35  # intersection over union
+UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not see
+SMALLEST_SIDE = 10  # pixels of an image; dlib's CNN crashes on less
+BORDER = 11  # pixels of black that the CNN surrounds an image with
 
-HOG_CONFIDENCE = 1.1  # HOG gives none; the app is told this
-SAME_FACE_OVERLAP = 0.35
-UNSEEN_FACTOR = 0.8  # what the confidence of a face of model 4 is multiplied by if HOG does not see it
-SMALLEST_SIDE = 10  # pixels; dlib's CNN fails on less
-BORDER = 11  # pixels of black that the CNN puts around an image
-
-# dlib with vendor/dlib.patch says so.
-FAST_DLIB = getattr(dlib, "DLIB_SCIPY_OPENBLAS", False)
+FAST_DLIB = getattr(
+    dlib, "DLIB_SCIPY_OPENBLAS", False
+)  # the one with vendor/dlib.patch
 
 LARGEST_AREA = 3840 * 2160
+BYTES_AT_REST = 300 << 20  # of memory, with no photo in work
 
-# What one analysis takes at its peak, for each pixel of its photo, and the service without any.
-# Measured from 1 to 8.29 megapixels (make memory), and rounded up.
-BYTES_PER_PIXEL = {1: 210, 2: 210, 3: 100, 4: 280}
-STOCK_BYTES_PER_PIXEL = 1050
-BYTES_AT_REST = 300 << 20
+
+def bytes_per_pixel(face_model):
+    """Return what an analysis takes at its peak, as ``make memory`` measures it, rounded up."""
+    if FAST_DLIB or face_model == 3:
+        return {1: 210, 2: 210, 3: 100, 4: 280}[face_model]
+    return 1050
 
 
 class ModelSet(NamedTuple):
@@ -228,31 +213,28 @@ class ModelSet(NamedTuple):
 def check_model_files(face_model):
     """Exit with one line if a file of the model is not, to the bit, as released."""
     known = (HERE / "vendor" / "models.sha256").read_text().splitlines()
-    for name in MODELS[face_model]:
+    fetch = f"make FACE_MODEL={face_model} download-models"
+    for name in filter(None, MODELS[face_model]):
         file = _model_file(face_model, name)
         try:
             with open(file, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
-            sys.exit(
-                f"{file} can't be read ({error.strerror}): make FACE_MODEL={face_model} download-models"
-            )
+            sys.exit(f"{file} can't be read ({error.strerror}): {fetch}")
         if f"{digest}  {name}" not in known:
-            sys.exit(
-                f"{file} is damaged: delete it, then make FACE_MODEL={face_model} download-models"
-            )
+            sys.exit(f"{file} is damaged: delete it, then {fetch}")
 
 
 def load_model_set(face_model):
-    """Load the model (1 to 4) once more: 35 MB, or 140 MB with the 68 landmarks, in 0.2 s."""
-    files = MODELS[face_model]
+    """Load the files of a model (1 to 4): 35 MB, or 100 MB with the 68 landmarks, in 0.2 s."""
+    detector, landmarks, descriptor = (
+        name and _model_file(face_model, name) for name in MODELS[face_model]
+    )
     return ModelSet(
-        cnn=dlib.cnn_face_detection_model_v1(_model_file(face_model, DETECTOR))
-        if DETECTOR in files
-        else None,
+        cnn=detector and dlib.cnn_face_detection_model_v1(detector),
         hog=dlib.get_frontal_face_detector() if face_model in (3, 4) else None,
-        landmarks=dlib.shape_predictor(_model_file(face_model, files[-2])),
-        descriptor=dlib.face_recognition_model_v1(_model_file(face_model, DESCRIPTOR)),
+        landmarks=dlib.shape_predictor(landmarks),
+        descriptor=dlib.face_recognition_model_v1(descriptor),
     )
 
 
@@ -265,7 +247,8 @@ def detect_faces(models, pixels, alone=True):
 
     ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
     ``dlib.rectangle`` in pixels and a confidence, in the detector's order.  ``alone`` says that
-    no other analysis wants the cores, so that HOG, which uses one, may run beside the CNN.
+    no other photo wants the cores: HOG, if the model has it, then runs beside the CNN, and else
+    after it, only if there is a face to judge.
     """
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         return []
@@ -289,7 +272,7 @@ def detect_faces(models, pixels, alone=True):
 
 
 def _seen(face, boxes):
-    """Tell whether one of the boxes overlaps the face: intersection over union, on areas in pixels."""
+    """Tell whether one of the boxes overlaps the face enough to be the same."""
     for box in boxes:
         common = face.intersect(box).area()
         if common >= SAME_FACE_OVERLAP * (face.area() + box.area() - common):
@@ -333,19 +316,16 @@ def open_photo(file, maximum_area):
         except UnidentifiedImageError:
             file.seek(0)
             start = file.read(32)
-            if start and not any(
-                Image.OPEN[name][1](start) for name in FORMATS if name in Image.OPEN
-            ):
+            if start and not any(Image.OPEN[name][1](start) for name in FORMATS):
                 abort(
                     415,
-                    f"This is not an image that can be read here: send one of {', '.join(FORMATS)}.",
+                    f"This is no image of a kind read here: send {', '.join(FORMATS)}.",
                 )
             raise
-        # dlib surrounds an image with black, which is nothing to a photo (no JPEG, whose sides end
-        # at 65500, grows by a quarter), but makes a strip one pixel wide 23 times as large.
-        if (image.width + 2 * BORDER) * (
-            image.height + 2 * BORDER
-        ) > 1.25 * maximum_area:
+        # To a photo the black around it is nothing: no JPEG, whose sides end at 65500, grows by
+        # a quarter.  But a strip one pixel wide becomes 23 times as large.
+        bordered = (image.width + 2 * BORDER) * (image.height + 2 * BORDER)
+        if bordered > 1.25 * maximum_area:
             raise Image.DecompressionBombError
     return image
 
@@ -360,10 +340,7 @@ def decode(image, maximum_area):
     with _refusals(maximum_area):
         if image.mode.startswith("I;16"):
             return _grey(np.asarray(image) >> 8)
-        if image.mode in (
-            "I",
-            "F",
-        ):  # no white is defined: the image's own lightest pixel is
+        if image.mode in ("I", "F"):  # their lightest pixel is taken for white
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
             values -= values.min()
             return _grey(values * (255 / max(values.max(), 1e-9)))
@@ -386,14 +363,12 @@ def _refusals(maximum_area):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         abort(
             412,
-            f"The image has more than the {maximum_area} pixels that are analysed here: scale it down.",
+            f"The image has more than {maximum_area} pixels, the most here: scale it down.",
         )
     except (HTTPException, MemoryError):
         raise
     except Exception as error:
-        if getattr(
-            error, "errno", None
-        ):  # the disk's or the system's fault, not the image's
+        if getattr(error, "errno", None):  # the disk's fault, not the image's
             raise
         abort(400, "The image is broken or cut short: send the whole file.")
 
@@ -412,11 +387,11 @@ def check_key():
         return
     sent = request.headers.get("x-api-key", "").encode(
         "latin-1"
-    )  # the bytes, as WSGI hands them over
-    if not hmac.compare_digest(sent, _settings().api_key.encode()):
+    )  # the bytes, as WSGI has them
+    if not hmac.compare_digest(sent, os.fsencode(_settings().api_key)):
         abort(
             401,
-            "The API key is missing or wrong: send this service's in the header x-api-key.",
+            "The API key is missing or wrong: send the service's in the header x-api-key.",
         )
 
 
@@ -487,9 +462,8 @@ def analyse(upload, find):
             alone = model_sets.qsize() == settings.photos_at_once - 1
             found = find(models, pixels, alone)
             described = describe_faces(models, pixels, [box for box, _ in found])
-        except (
-            Exception
-        ):  # a network that was interrupted would crash on the next photo
+        except Exception:
+            # A network that was interrupted crashes on the next photo.
             models = load_model_set(settings.face_model)
             raise
     finally:
@@ -524,8 +498,7 @@ def _settings():
 def _posted_file():
     if "file" not in request.files:
         abort(
-            400,
-            "There is no photo: send it as the file of a multipart form's field named file.",
+            400, "There is no photo: send it as the file of a form's field named file."
         )
     return request.files["file"]
 
@@ -546,8 +519,8 @@ def _posted_face():
     except (KeyError, TypeError, ValueError, RecursionError):
         abort(
             400,
-            "There is no face: send a JSON object in the form's field named face, with the numbers "
-            "left, top, right and bottom, in pixels, right and bottom not less than left and top.",
+            "There is no face: send a JSON object in the form's field named face, with its left, "
+            "top, right and bottom in pixels, right and bottom not less than left and top.",
         )
     return face, box
 
@@ -567,43 +540,50 @@ def _client_is_gone():
         return True
 
 
-@service.app_errorhandler(Exception)
-def error_answer(error):
-    """Answer any error as JSON that says what is wrong and what to do."""
-    if isinstance(error, HTTPException):
-        # What is left of a body is read, as a connection closed before that loses its answer.
-        while request.environ["wsgi.input"].read(1 << 16):
+@service.app_errorhandler(HTTPException)
+def refuse(error):
+    """Answer what is wrong with a request as JSON, once its body is read.
+
+    A connection that is closed before that loses its answer.
+    """
+    with suppress(
+        HTTPException
+    ):  # of more than twice of what is allowed, or of no more to come
+        request.max_content_length = 2 * _settings().maximum_body
+        while request.stream.read(1 << 16):
             pass
-        return {"error": error.description}, error.code
+    answer = error.get_response()
+    answer.data = json.dumps({"error": error.description})
+    answer.content_type = "application/json"
+    return answer
+
+
+@service.app_errorhandler(Exception)
+def fail(error):
+    """Answer what is wrong with the machine, or with us: 507 if memory or disk run out, else 500."""
     if isinstance(error, MemoryError):
-        log.error(
-            "Out of memory: lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or give the service more."
-        )
-        return {
-            "error": "There is too little memory for this photo: lower MAXIMUM_AREA or PHOTOS_AT_ONCE."
-        }, 507
-    if isinstance(error, OSError):
-        log.error(
-            "A photo can't be kept: %s. Make room in the temporary folder.",
-            error.strerror,
-        )
-        return {
-            "error": f"The photo can't be kept ({error.strerror}): make room in the temporary folder."
-        }, 507
-    log.exception("An error of this service's own")
-    return {"error": "The service failed; its log says more."}, 500
+        what = "There is too little memory: lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
+    elif isinstance(error, OSError):
+        what = f"A photo can't be kept ({error.strerror}): make room in the temporary folder."
+    else:
+        log.exception("A fault of the service's own")
+        return {"error": "The service failed: its log says why."}, 500
+    log.error(what)
+    return {"error": what}, 507
 
 
 def about_dlib():
     """Return a line about the dlib in use, and how fast that is."""
     cuda = "CUDA" if dlib.DLIB_USE_CUDA else "no CUDA"
-    threads = f"{os.environ['DLIB_NUM_THREADS']} threads"
     if not FAST_DLIB:
-        return f"{dlib.__version__}, stock: some 20 times slower than the patched one that make serve builds, {cuda}"
+        return f"{dlib.__version__} as released, {cuda}: 20 times slower than what make serve builds"
     import scipy_openblas32
 
     kernel = scipy_openblas32.get_openblas_config().split()[-2]
-    return f"{dlib.__version__}, patched, OpenBLAS for {kernel}, {threads}, {cuda}"
+    threads = os.environ["DLIB_NUM_THREADS"]
+    return (
+        f"{dlib.__version__} patched, OpenBLAS for {kernel}, {threads} threads, {cuda}"
+    )
 
 
 def create_app(settings=None):
@@ -643,6 +623,7 @@ def serve():
     from gunicorn.workers.gthread import ThreadWorker
 
     settings = read_settings()
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
 
     class Worker(ThreadWorker):
         def set_accept_enabled(self, enabled):
@@ -658,15 +639,13 @@ def serve():
     class Server(BaseApplication):
         def load_config(self):
             options = {
-                "bind": f"[{settings.host}]:{settings.port}"
-                if ":" in settings.host
-                else f"{settings.host}:{settings.port}",
+                "bind": f"{host}:{settings.port}",
                 "worker_class": Worker,
                 "threads": 512,
                 "worker_connections": 1024,
                 "timeout": 0,  # no photo is too slow
                 "graceful_timeout": 3600,
-                "keepalive": 0,  # a connection kept for the next photo could break under it when we stop
+                "keepalive": 0,  # a connection kept for the next photo may break under it
                 "control_socket_disable": True,
                 "post_fork": _tell_of_replacement,
             }
@@ -682,8 +661,8 @@ def serve():
 def _tell_of_replacement(server, worker):
     if worker.age > 1:
         log.error(
-            "The server process died and is replaced; the photos it had in work are lost. If it was killed for want "
-            "of memory (SIGKILL), lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or give the service more."
+            "The server process died, and is replaced; the photos it had in work are lost.  If "
+            "memory ran out (SIGKILL), lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
         )
 
 

@@ -1,0 +1,181 @@
+"""make bench: this service beside tests/plain_service.py on the stock dlib, in one run.
+
+Both get the same photo in turn; figures are medians.  The first argument is the Python of a
+virtual environment with the stock dlib.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from conftest import ROOT, box, distance, encoded, group, scaled, started
+
+# Megapixels, and how many photos each side gets of them.
+SIZES = {0.25: (5, 15), 1: (3, 15), 4: (1, 5), 8.29: (1, 3)}
+GFLOP_PER_MEGAPIXEL = 24
+
+DETECTORS = """
+import os, statistics, sys, time
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import dlib, numpy as np
+from PIL import Image
+
+def median(work, times):
+    work()
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+image = np.array(Image.open(sys.argv[1]))
+folder = "vendor/models/1/"
+cnn = dlib.cnn_face_detection_model_v1(folder + "mmod_human_face_detector.dat")
+hog = dlib.get_frontal_face_detector()
+shapes = [dlib.shape_predictor(folder + "shape_predictor_5_face_landmarks.dat")(image, face.rect) for face in cnn(image, 0)]
+net = dlib.face_recognition_model_v1(folder + "dlib_face_recognition_resnet_model_v1.dat")
+chips = [dlib.get_face_chip(image, shape) for shape in shapes]
+a = np.ones((2048, 2048), np.float32)
+print(
+    median(lambda: cnn(image, 0), 5),
+    median(lambda: hog(image, 1), 5),
+    median(lambda: net.compute_face_descriptor(chips), 5) / len(chips),
+    2 * 2048**3 / 1e9 / median(lambda: a @ a, 5),
+)
+"""
+
+
+def peak_memory(pid):
+    (line,) = (
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def forget_peak(pid):
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def timed(service, content, clients=1, photos=1):
+    """Return (seconds a photo, the answer) for so many photos from so many clients."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(service.detect, [content] * photos))
+    assert all(status == 200 for status, _ in answers)
+    return (time.perf_counter() - began) / photos, answers[0][1]
+
+
+def same_faces(one, other):
+    return len(one["faces"]) == len(other["faces"]) and all(
+        box(a) == box(b) and distance(a, b) < 1e-4
+        for a, b in zip(one["faces"], other["faces"])
+    )
+
+
+def bench_detectors(stock_python, photo):
+    cores = len(os.sched_getaffinity(0))
+    runs = [("stock", stock_python, 1)]
+    runs += [("ours", sys.executable, threads) for threads in sorted({1, cores})]
+    results = {}
+    for _ in range(3):  # in turn
+        for name, python, threads in runs:
+            said = subprocess.run(
+                [python, "-c", DETECTORS, photo],
+                cwd=ROOT,
+                env={**os.environ, "DLIB_NUM_THREADS": str(threads)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            figures = [float(word) for word in said.split()]
+            results.setdefault((name, threads), []).append(figures)
+    medians = {
+        run: [statistics.median(c) for c in zip(*all)] for run, all in results.items()
+    }
+    print(
+        "\nAt 1 megapixel, 9 faces | CNN, s | HOG, s | a descriptor, ms | CNN, GFLOP/s of the core's sgemm"
+    )
+    print("---|---|---|---|---")
+    stock = medians["stock", 1]
+    for (name, threads), (cnn, hog, descriptor, sgemm) in medians.items():
+        print(
+            f"{name}, {threads} thread{'s' * (threads > 1)}"
+            f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
+            f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
+            f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)"
+            f" | {GFLOP_PER_MEGAPIXEL / cnn / threads:.0f} of {sgemm:.0f}"
+        )
+
+
+def bench_services(stock_python, tmp, photos, models):
+    print(
+        "\nModel | megapixels | clients | stock, s a photo | ours, s a photo | photos a minute | faster | memory, GB | the same faces"
+    )
+    print("---|---|---|---|---|---|---|---|---", flush=True)
+    for model in models:
+        with ExitStack() as stack:
+            plain = [stock_python, "tests/plain_service.py"]
+            stock = stack.enter_context(
+                started(tmp / f"stock{model}", plain, FACE_MODEL=model)
+            )
+            ours = stack.enter_context(started(tmp / f"ours{model}", FACE_MODEL=model))
+            timed(stock, photos[0.25])
+            timed(ours, photos[0.25])
+            for megapixels, (stock_times, our_times) in SIZES.items():
+                pids = stock.process.pid, ours.worker()
+                for pid in pids:
+                    forget_peak(pid)
+                stock_taken, our_taken = [], []
+                for _ in range(stock_times):
+                    seconds, expected = timed(stock, photos[megapixels])
+                    stock_taken.append(seconds)
+                    for _ in range(our_times // stock_times):
+                        seconds, answer = timed(ours, photos[megapixels])
+                        our_taken.append(seconds)
+                memory = [peak_memory(pid) for pid in pids]
+                rows = [
+                    (1, statistics.median(stock_taken), statistics.median(our_taken))
+                ]
+                if megapixels <= 1:
+                    rows.append(
+                        (
+                            4,
+                            timed(stock, photos[megapixels], 4, 4)[0],
+                            timed(ours, photos[megapixels], 4, 40)[0],
+                        )
+                    )
+                for clients, before, after in rows:
+                    print(
+                        f"{model} | {megapixels} | {clients} | {before:.2f} | {after:.3f} | {60 / after:.0f}"
+                        f" | {before / after:.1f}x | {memory[0]:.1f} -> {memory[1]:.1f}"
+                        f" | {'yes' if same_faces(expected, answer) else 'NO'}",
+                        flush=True,
+                    )
+
+
+def main():
+    stock_python = sys.argv[1]
+    models = [int(model) for model in sys.argv[2:]] or [1, 3, 4]
+    picture = group()
+    nine = picture.resize((picture.width, picture.height * 3))
+    for row in range(3):
+        nine.paste(picture, (0, row * picture.height))
+    photos = {size: encoded(scaled(nine, size), quality=92) for size in SIZES}
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        (tmp / "photo.jpg").write_bytes(photos[1])
+        bench_detectors(stock_python, tmp / "photo.jpg")
+        bench_services(stock_python, tmp, photos, models)
+
+
+if __name__ == "__main__":
+    main()

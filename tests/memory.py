@@ -1,0 +1,54 @@
+"""make memory: what one analysis takes at its peak, in bytes a pixel, for each model.
+
+From it come the numbers of bytes_per_pixel and BYTES_AT_REST in the module.
+"""
+
+import subprocess
+import sys
+
+from conftest import encoded, group, module, scaled
+
+SIZES = (1, 4, 8.29)  # megapixels
+
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith(name)
+        )
+
+
+def measure(model, megapixels):
+    """Print a line of the table, from a process of its own."""
+    import io
+
+    models = module.load_model_set(model)
+    rest = status("VmRSS")
+    photo = io.BytesIO(encoded(scaled(group(), megapixels)))
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    for _ in range(2):  # the second finds the network's memory in place
+        image = module.open_photo(photo, 10**9)
+        pixels = module.decode(image, 10**9)
+        found = module.detect_faces(models, pixels, True)
+        module.describe_faces(models, pixels, [box for box, _ in found])
+        photo.seek(0)
+    peak = status("VmHWM")
+    print(
+        f"{model} | {megapixels} | {rest >> 20} MB | {peak >> 20} MB | {(peak - rest) / megapixels / 1e6:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        measure(int(sys.argv[1]), float(sys.argv[2]))
+    else:
+        print(
+            "Model | megapixels | at rest | peak | bytes a pixel\n---|---|---|---|---",
+            flush=True,
+        )
+        for model in (1, 2, 3, 4):
+            for size in SIZES:
+                subprocess.run(
+                    [sys.executable, __file__, str(model), str(size)], check=True
+                )

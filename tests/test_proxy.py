@@ -1,0 +1,128 @@
+"""Behind Debian's nginx, with the configuration that the README shows."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from conftest import KEY, ROOT, encoded, free_port, photo, picture, scaled, started
+
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+pytestmark = pytest.mark.skipif(
+    not NGINX, reason="nginx is not installed (apt install nginx)"
+)
+
+
+@contextmanager
+def proxied(tmp, ports):
+    """nginx with TLS in front of the services on these ports, as in the README; gives its address."""
+    (shown,) = re.findall(
+        r"```nginx\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    port = free_port()
+    certificate = [
+        "-out",
+        tmp / "faces.crt",
+        "-keyout",
+        tmp / "faces.key",
+        "-subj",
+        "/CN=localhost",
+    ]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *certificate],
+        check=True,
+        capture_output=True,
+    )
+    shown = re.sub(r" *server [\d.]+:5000;\n", "", shown)
+    servers = "".join(f"    server 127.0.0.1:{service};\n" for service in ports)
+    shown = shown.replace("least_conn;\n", "least_conn;\n" + servers)
+    shown = shown.replace("listen 443", f"listen 127.0.0.1:{port}")
+    shown = shown.replace("/etc/ssl/", f"{tmp}/")
+    temporary = "".join(
+        f"{kind}_temp_path {tmp}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp / "nginx.conf").write_text(
+        f"daemon off; pid {tmp}/pid; error_log {tmp}/error.log; events {{}}\n"
+        f"http {{ access_log off; {temporary}\n{shown}\n}}"
+    )
+    nginx = subprocess.Popen(
+        [NGINX, "-p", tmp, "-c", tmp / "nginx.conf", "-e", tmp / "error.log"]
+    )
+    try:
+        yield f"https://localhost:{port}"
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def curl(url, file):
+    """Return (status, answer) of what Nextcloud would send."""
+    arguments = [
+        "-sk",
+        "--retry",
+        "5",
+        "--retry-connrefused",
+        "-H",
+        f"x-api-key: {KEY}",
+    ]
+    done = subprocess.run(
+        [
+            "curl",
+            *arguments,
+            "-w",
+            "\n%{http_code}",
+            "-F",
+            f"file=@{file}",
+            url + "/detect",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, status = done.stdout.rsplit("\n", 1)
+    return int(status), answer
+
+
+def test_tls_and_large_and_slow_photos(tmp_path, service):
+    large = scaled(picture("obama.jpg"), 8.2)
+    (tmp_path / "large").write_bytes(encoded(large, "BMP"))
+    assert (tmp_path / "large").stat().st_size > 20e6
+    with proxied(tmp_path, [service.port]) as url:
+        time.sleep(0.5)
+        status, answer = curl(url, tmp_path / "large")
+        assert status == 200 and json.loads(answer)["faces-count"] == 1
+
+
+def test_one_of_two_is_stopped_and_started(tmp_path):
+    """200 photos from 8 clients, none lost, while one of two services is restarted."""
+    port = free_port()
+    (tmp_path / "photo").write_bytes(encoded(scaled(picture("obama.jpg"), 0.2)))
+    with started(tmp_path / "one") as one, proxied(tmp_path, [one.port, port]) as url:
+        time.sleep(0.5)
+        with ThreadPoolExecutor(8) as clients:
+            answers = [
+                clients.submit(curl, url, tmp_path / "photo") for _ in range(200)
+            ]
+            for _ in range(2):
+                with started(tmp_path / "two", port=port) as two:
+                    time.sleep(3)
+            assert [answer.result()[0] for answer in answers] == [200] * 200
+        assert one.log().count("/detect") + two.log().count("/detect") == 200
+        assert two.log().count("/detect") > 10
+
+
+def test_a_photo_is_the_same_through_the_proxy(tmp_path, service):
+    (tmp_path / "photo").write_bytes(photo("biden.jpg"))
+    with proxied(tmp_path, [service.port]) as url:
+        time.sleep(0.5)
+        status, answer = curl(url, tmp_path / "photo")
+    assert status == 200
+    direct = service.detect(photo("biden.jpg"))[1]
+    assert json.loads(answer)["faces"][0]["descriptor"] == pytest.approx(
+        direct["faces"][0]["descriptor"], abs=1e-6
+    )
