@@ -35,7 +35,7 @@ RUN .venv/bin/pip uninstall -qy pip && find .venv -name tests -prune -exec rm -r
 
 
 FROM $BASE
-RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/* \
+RUN apt-get update && apt-get install -y --no-install-recommends python3 && apt-get clean && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
     && useradd --system --no-create-home facerecognition
 WORKDIR /app
 COPY --from=builder /app/vendor/models vendor/models
