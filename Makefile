@@ -45,6 +45,17 @@ bench: setup $(VENV)/installed-tests tests/photos $(VENV)/stock ## compare with 
 	@for model in 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
 	@$(BIN)/python tests/bench.py $(VENV)/stock/bin/python
 
+convolutions: $(VENV)/installed-base ## check the patched dlib's convolutions against their definition
+	@$(MAKE) --no-print-directory $(DLIB_SOURCE)
+	@$(WITH_OPENBLAS) && $${CXX:-c++} -std=c++14 -O2 -DDLIB_NO_GUI_SUPPORT -DDLIB_SCIPY_OPENBLAS -DBLAS_SYMBOL_PREFIX=scipy_ \
+		-I$(DLIB_SOURCE) -I$$DLIB_SCIPY_OPENBLAS/include tests/convolutions.cpp $(DLIB_SOURCE)/dlib/all/source.cpp \
+		$$DLIB_SCIPY_OPENBLAS/lib/libscipy_openblas.so -Wl,-rpath,$$DLIB_SCIPY_OPENBLAS/lib -lpthread -o vendor/build/convolutions
+	@OPENBLAS_NUM_THREADS=1 vendor/build/convolutions
+
+audit: $(INSTALLED) ## look for known holes in what is installed (PyPI must answer)
+	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip -q install pip-audit
+	$(VENV)/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 memory: setup $(VENV)/installed-tests tests/photos ## measure what an analysis takes
 	@for model in 1 2 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
 	@$(BIN)/python tests/memory.py
@@ -52,11 +63,18 @@ memory: setup $(VENV)/installed-tests tests/photos ## measure what an analysis t
 try: setup $(if $(API_KEY),,api.key) ## draw what the service sees in PHOTO=family.jpg, or in two of them
 	@$(BIN)/python tests/try.py $(PHOTO)
 
+docker: ## build the image facerecognition
+	docker build $(DOCKER_BUILD) -t facerecognition .
+
+docker-test: $(VENV)/installed-tests tests/photos ## build the image, and check it with the engine that is here
+	@if docker info > /dev/null 2>&1; then $(MAKE) --no-print-directory docker && $(BIN)/pytest -rs tests/check_docker.py; \
+		else echo "No Docker engine answers here: the image is neither built nor checked"; fi
+
 clean: ## delete all that make has made here, but for api.key
 	rm -rf $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache | xargs rm -rf
 
-.PHONY: help serve setup test soak bench memory try docker docker-test clean download-models
+.PHONY: help serve setup test soak bench convolutions audit memory try docker docker-test clean download-models
 
 
 # ---- The virtual environment, and dlib ----
@@ -95,21 +113,26 @@ vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/installed-
 	kept=$$($(BIN)/pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model/$$key; \
 	if ! [ -e $$kept ]; then \
 		$(MAKE) --no-print-directory vendor/build/dlib; \
-		mkdir -p $$(dirname $$kept) && cp -r vendor/build/dlib/wheel $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
+		mkdir -p $$(dirname $$kept) && cp -r vendor/build/dlib $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
 	fi; \
 	rm -rf $@ && mkdir -p $(@D) && cp -r $$kept $@ && touch $@
-	@rm -rf vendor/build/dlib
+	@rm -rf vendor/build/dlib $(DLIB_SOURCE)
 
-vendor/build/dlib: vendor/dlib.patch vendor/dlib.sha256
+DLIB_SOURCE := vendor/build/dlib-20.0.1
+
+$(DLIB_SOURCE): vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/pyvenv.cfg
+	@rm -rf $@ && mkdir -p $(@D)
+	@cd $(@D) && $(CURDIR)/$(PIP) download --no-deps --no-binary dlib dlib==20.0.1 && \
+		sha256sum --quiet -c $(CURDIR)/vendor/dlib.sha256 && tar xf $(@F).tar.gz && rm $(@F).tar.gz
+	@patch -s -d $@ -p1 < vendor/dlib.patch && touch $@
+
+WITH_OPENBLAS = DLIB_SCIPY_OPENBLAS=$$($(BIN)/python -c 'import scipy_openblas32; print(*scipy_openblas32.__path__)')
+
+vendor/build/dlib: $(DLIB_SOURCE)
 	@echo "Building dlib, once: some 3 minutes on two cores"
-	@rm -rf $@ && mkdir -p $@
-	@cd $@ && $(CURDIR)/$(PIP) download --no-deps --no-binary dlib dlib==20.0.1 && \
-		sha256sum --quiet -c $(CURDIR)/vendor/dlib.sha256 && \
-		tar xf dlib-20.0.1.tar.gz && patch -s -d dlib-20.0.1 -p1 < $(CURDIR)/vendor/dlib.patch
-	@DLIB_SCIPY_OPENBLAS=$$($(BIN)/python -c 'import scipy_openblas32; print(*scipy_openblas32.__path__)') \
-	DLIB_PYTHON_FACES_ONLY=ON DLIB_NO_GUI_SUPPORT=ON DLIB_USE_BLAS=OFF DLIB_USE_LAPACK=OFF \
+	@$(WITH_OPENBLAS) DLIB_PYTHON_FACES_ONLY=ON DLIB_NO_GUI_SUPPORT=ON DLIB_USE_BLAS=OFF DLIB_USE_LAPACK=OFF \
 	DLIB_GIF_SUPPORT=OFF DLIB_WEBP_SUPPORT=OFF DLIB_JXL_SUPPORT=OFF \
-	$(BIN)/pip wheel -v --no-deps -w $@/wheel $@/dlib-20.0.1 2>&1 | tee vendor/build/dlib.log | \
+	$(BIN)/pip wheel -v --no-deps -w $@ $(DLIB_SOURCE) 2>&1 | tee vendor/build/dlib.log | \
 		sed -unE 's/^ *(\[ *[0-9]+%\]).*\/(.*)\.o$$/\1 \2/p' || \
 		{ tail -30 vendor/build/dlib.log; echo "dlib could not be built (all of it: vendor/build/dlib.log);" \
 			"make DLIB=prebuilt does without, slowly"; rm -rf $@; exit 1; }
