@@ -25,7 +25,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 INSTALLED := $(VENV)/installed-$(DLIB)
 
 help: ## say what there is
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=patched|stock|prebuilt PYTHON="
 
 serve: setup $(if $(API_KEY),,api.key) ## run the service, on 0.0.0.0:5000 if HOST and PORT say nothing else (the default)
@@ -111,9 +111,10 @@ $(VENV)/installed-prebuilt: $(VENV)/installed-base
 vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/installed-base
 	@key=$$({ cat $^; $(BIN)/python -VV; $${CXX:-c++} $$CXXFLAGS -dumpfullversion -Q --help=target; } | sha256sum | cut -c1-16); \
 	kept=$$($(BIN)/pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model/$$key; \
+	mkdir -p $$(dirname $$kept) 2> /dev/null && [ -w $$(dirname $$kept) ] || kept=vendor/build/kept-$$key; \
 	if ! [ -e $$kept ]; then \
 		$(MAKE) --no-print-directory vendor/build/dlib; \
-		mkdir -p $$(dirname $$kept) && cp -r vendor/build/dlib $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
+		cp -r vendor/build/dlib $$kept.$$$$ && mv -T $$kept.$$$$ $$kept; \
 	fi; \
 	rm -rf $@ && mkdir -p $(@D) && cp -r $$kept $@ && touch $@
 	@rm -rf vendor/build/dlib $(DLIB_SOURCE)

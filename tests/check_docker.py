@@ -16,7 +16,13 @@ from conftest import KEY, Service, encoded, free_port, photo, picture, scaled
 BRIDGE = not subprocess.run(
     ["docker", "network", "inspect", "bridge"], check=False, capture_output=True
 ).returncode
-SHUT_IN = "--read-only --cap-drop=ALL --security-opt=no-new-privileges --tmpfs /tmp:size=64m".split()
+SHUT_IN = [
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--tmpfs",
+    "/tmp:size=64m",
+]
 
 
 def docker(*arguments, check=True):
