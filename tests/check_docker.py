@@ -126,7 +126,7 @@ def test_health_under_load_and_sigterm():
     reason="needs qemu-user-static, on x86_64",
 )
 def test_an_old_cpu():
-    """Without AVX, as a NAS's Celeron is: 2.5 minutes a photo here, as the CPU is emulated."""
+    """Without AVX, as a NAS's Celeron is: slow here, as the CPU is emulated."""
     qemu = shutil.which("qemu-x86_64-static")
     command = [
         "/qemu",
