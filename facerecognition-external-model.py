@@ -17,7 +17,7 @@ Settings come from the environment:
     MAXIMUM_AREA    the most pixels a photo may have       (3840 x 2160, if memory does)
     MAXIMUM_BODY    the most bytes a request may have                           (64 MiB)
     PHOTOS_AT_ONCE  how many are analysed at a time         (one a core, if memory does)
-    DLIB_NUM_THREADS  how many cores one photo may use                             (all)
+    DLIB_NUM_THREADS  how many cores one photo may use, as dlib names it           (all)
 
 ``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
 other WSGI servers find ``create_app``, or ``app``.
@@ -39,10 +39,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# One photo's work is spread by dlib's own threads, DLIB_NUM_THREADS of them: a BLAS with
-# threads of its own would only get in their way. It reads this as dlib loads it.
+# dlib spreads a photo's work over threads of its own: a BLAS with more of them would only get
+# in their way.  It reads this when dlib loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("DLIB_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import dlib
 import numpy as np
@@ -89,6 +88,11 @@ def read_settings(environ=os.environ):
             f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: choose one."
         )
     check_model_files(face_model)
+    cores = len(os.sched_getaffinity(0))
+    # dlib reads this itself, at its first photo, and fails then if it is no number.
+    os.environ["DLIB_NUM_THREADS"] = str(
+        _whole_number(environ, "DLIB_NUM_THREADS", cores, 1024)
+    )
     maximum_area, photos_at_once = _fit_memory(
         face_model,
         _whole_number(environ, "MAXIMUM_AREA", None),

@@ -76,7 +76,15 @@ def test_the_examples_key(copy):
 
 
 @pytest.mark.parametrize(
-    "setting", ["FACE_MODEL", "PORT", "MAXIMUM_AREA", "MAXIMUM_BODY", "PHOTOS_AT_ONCE"]
+    "setting",
+    [
+        "FACE_MODEL",
+        "PORT",
+        "MAXIMUM_AREA",
+        "MAXIMUM_BODY",
+        "PHOTOS_AT_ONCE",
+        "DLIB_NUM_THREADS",
+    ],
 )
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", "١", "9" * 40])
 def test_numbers_that_are_none(copy, setting, value):
