@@ -53,6 +53,7 @@ from werkzeug.exceptions import HTTPException
 __version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
+CORES = len(os.sched_getaffinity(0))
 
 logging.basicConfig(
     stream=sys.stdout,
@@ -89,10 +90,9 @@ def read_settings(environ=os.environ):
             f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: choose one."
         )
     check_model_files(face_model)
-    cores = len(os.sched_getaffinity(0))
     # dlib reads this itself, at its first photo, and fails then if it is no number.
     os.environ["DLIB_NUM_THREADS"] = str(
-        _whole_number(environ, "DLIB_NUM_THREADS", cores, 1024)
+        _whole_number(environ, "DLIB_NUM_THREADS", CORES, 1024)
     )
     maximum_area, photos_at_once = _fit_memory(
         face_model,
@@ -149,7 +149,7 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
         maximum_area = max(min(LARGEST_AREA, held), 1)
     if not photos_at_once:
         held = room // (maximum_area * pixel + BYTES_OF_A_SET)
-        photos_at_once = max(min(len(os.sched_getaffinity(0)), held), 1)
+        photos_at_once = max(min(CORES, held), 1)
     return maximum_area, photos_at_once
 
 
