@@ -3,6 +3,8 @@
 Sends each to the service on this machine (HOST, PORT), which is started for it if none answers,
 and writes one.faces.jpg with boxes, landmarks and confidences.  Prints a line a face, and, of
 several photos, which faces are the same person's: those less than 0.6 apart.
+
+A photo goes as it is, unless Nextcloud's app would turn it upright or scale it down first.
 """
 
 import io
@@ -16,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from werkzeug.datastructures import FileStorage
 from werkzeug.test import encode_multipart
 
@@ -25,49 +27,69 @@ HOST = os.environ.get("HOST") or "127.0.0.1"
 URL = f"http://{'127.0.0.1' if HOST == '0.0.0.0' else HOST}:{os.environ.get('PORT') or 5000}"
 KEY = os.environ.get("API_KEY") or (ROOT / "api.key").read_text().strip()
 SAME_PERSON = 0.6
+ORIENTATION = 0x0112  # of EXIF
+
+Image.MAX_IMAGE_PIXELS = None  # the photos are one's own
 
 
 def call(path, body=None, headers=None):
-    request = urllib.request.Request(
-        URL + path, body, {"x-api-key": KEY, **(headers or {})}
-    )
+    """Return the JSON that the service answers, or exit with its error."""
+    headers = {"x-api-key": KEY, **(headers or {})}
+    request = urllib.request.Request(URL + path, body, headers)
     try:
         with urllib.request.urlopen(request) as answer:
-            return answer.read()
+            return json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        sys.exit(f"{path}: {error.code}, {json.loads(error.read())['error']}")
+        sys.exit(f"{URL}{path}: {error.code}, {json.loads(error.read())['error']}")
 
 
 def running_service():
     """Return the process of a service started here, or None if one is running."""
     try:
-        call("/health")
+        call("/welcome")
         return None
     except OSError:
-        print(f"No service answers at {URL}: starting one")
+        print(f"No service answers at {URL}: starting one", flush=True)
     process = subprocess.Popen(
         [sys.executable, ROOT / "facerecognition-external-model.py"]
     )
     while process.poll() is None:
         time.sleep(0.1)
         try:
-            call("/health")
+            call("/welcome")
             return process
         except OSError:
             pass
     sys.exit("The service did not start.")
 
 
-def faces_in(photo):
-    with open(photo, "rb") as file:
-        boundary, body = encode_multipart({"file": FileStorage(file, photo.name)})
+def prepared(photo, maximum_area):
+    """Return (file, image): the photo as it is, or as the app would make it."""
+    try:
+        image = Image.open(photo)
+        sideways = image.getexif().get(ORIENTATION, 1) != 1
+        factor = (maximum_area / (image.width * image.height)) ** 0.5
+        if not sideways and factor >= 1:
+            return photo.read_bytes(), image.convert("RGB")
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        sys.exit(f"{photo}: {error}")
+    if factor < 1:
+        image = image.resize([int(side * factor) for side in image.size])
+    print(f"{photo} goes upright, in {image.width} x {image.height} pixels")
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue(), image
+
+
+def faces_in(file, name):
+    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(file), name)})
     headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    return json.loads(call("/detect", body, headers))["faces"]
+    return call("/detect", body, headers)["faces"]
 
 
-def draw(photo, faces):
-    """Write the photo, smaller if it is large, with what was found; return where."""
-    image = Image.open(io.BytesIO(photo.read_bytes())).convert("RGB")
+def draw(image, faces):
+    """Draw into the image what was found in it."""
     pen = ImageDraw.Draw(image)
     width = max(1, max(image.size) // 300)
     font = ImageFont.load_default(max(12, max(image.size) // 50))
@@ -81,15 +103,31 @@ def draw(photo, faces):
         corner = (max(face["left"], 0), max(face["top"], 0))
         pen.rectangle(pen.textbbox(corner, label, font), fill="black")
         pen.text(corner, label, "white", font)
-    drawn = photo.with_suffix(".faces.jpg")
-    image.save(drawn, quality=90)
-    return drawn
 
 
 def distance(one, other):
-    return (
-        sum((a - b) ** 2 for a, b in zip(one["descriptor"], other["descriptor"])) ** 0.5
-    )
+    numbers = zip(one["descriptor"], other["descriptor"])
+    return sum((a - b) ** 2 for a, b in numbers) ** 0.5
+
+
+def tell(photo, drawn, faces):
+    count = f"{len(faces)} face{'s' * (len(faces) != 1)}"
+    print(f"{photo}: {count}, drawn in {drawn}")
+    for number, face in enumerate(faces, 1):
+        size = (face["right"] - face["left"] + 1, face["bottom"] - face["top"] + 1)
+        print(
+            f"  {number}: confidence {face['detection_confidence']:.2f},"
+            f" {size[0]} x {size[1]} pixels at {face['left']}, {face['top']}"
+        )
+
+
+def compare(found):
+    for (one, faces), (other, others) in itertools.combinations(found.items(), 2):
+        for i, a in enumerate(faces, 1):
+            for j, b in enumerate(others, 1):
+                apart = distance(a, b)
+                who = "the same person" if apart < SAME_PERSON else "different people"
+                print(f"{one} {i} and {other} {j}: {apart:.2f} apart, {who}")
 
 
 def main():
@@ -99,28 +137,22 @@ def main():
     missing = [str(photo) for photo in photos if not photo.is_file()]
     if missing:
         sys.exit(f"There is no {', '.join(missing)}.")
+    found = {}
     service = running_service()
     try:
-        found = {photo: faces_in(photo) for photo in photos}
+        maximum_area = call("/open")["maximum_area"]
+        for photo in photos:
+            file, image = prepared(photo, maximum_area)
+            found[photo] = faces_in(file, photo.name)
+            draw(image, found[photo])
+            drawn = photo.with_suffix(".faces.jpg")
+            image.save(drawn, quality=90)
+            tell(photo, drawn, found[photo])
     finally:
         if service:
             service.terminate()
             service.wait()
-    for photo, faces in found.items():
-        print(f"{photo}: {len(faces)} faces, drawn in {draw(photo, faces)}")
-        for number, face in enumerate(faces, 1):
-            print(
-                f"  {number}: confidence {face['detection_confidence']:.2f},"
-                f" {face['right'] - face['left'] + 1} x {face['bottom'] - face['top'] + 1} pixels"
-                f" at {face['left']}, {face['top']}"
-            )
-    for (one, faces), (other, others) in itertools.combinations(found.items(), 2):
-        for (i, a), (j, b) in itertools.product(
-            enumerate(faces, 1), enumerate(others, 1)
-        ):
-            apart = distance(a, b)
-            verdict = "the same person" if apart < SAME_PERSON else "different people"
-            print(f"{one} {i} and {other} {j}: {apart:.2f} apart, {verdict}")
+    compare(found)
 
 
 if __name__ == "__main__":
