@@ -14,9 +14,9 @@ Settings come from the environment:
     API_KEY         the key shared with Nextcloud; else the file api.key beside this one
     FACE_MODEL      1 to 4, the app's number of the model                            (1)
     HOST, PORT      where to listen                                      (0.0.0.0, 5000)
-    MAXIMUM_AREA    the most pixels a photo may have       (3840 x 2160, if memory does)
-    MAXIMUM_BODY    the most bytes a request may have                           (64 MiB)
-    PHOTOS_AT_ONCE  how many are analysed at a time         (one a core, if memory does)
+    MAXIMUM_AREA    the most pixels of a photo       (3840 x 2160, or what memory holds)
+    MAXIMUM_BODY    the most bytes of a request                                 (64 MiB)
+    PHOTOS_AT_ONCE  how many are analysed at a time     (one a core, or as memory holds)
     DLIB_NUM_THREADS  how many cores one photo may use, as dlib names it           (all)
 
 ``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import queue
+import re
 import socket
 import stat
 import sys
@@ -40,8 +41,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# dlib spreads a photo's work over threads of its own: a BLAS with more of them would only get
-# in their way.  It reads this when dlib loads it.
+# dlib spreads a photo's work over threads of its own: a BLAS with more of them would
+# only get in their way.  It reads this when dlib loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import dlib
@@ -79,70 +80,68 @@ class Settings(NamedTuple):
 
 
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
-NEW_KEY = "openssl rand -base64 32 makes a good one."
+MAKE_KEY = "openssl rand -base64 32 makes a good one."
+LESS_MEMORY = "lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
 
 
-def read_settings(environ=os.environ):
-    """Return the ``Settings`` of this environment, or exit with a line that says what is wrong."""
-    face_model = _whole_number(environ, "FACE_MODEL", 1)
+def read_settings():
+    """Return the ``Settings``, or exit with a line that says which is wrong."""
+    face_model = _whole_number("FACE_MODEL", 1)
     if face_model not in MODELS:
         sys.exit(
             f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: choose one."
         )
     check_model_files(face_model)
     # dlib reads this itself, at its first photo, and fails then if it is no number.
-    os.environ["DLIB_NUM_THREADS"] = str(
-        _whole_number(environ, "DLIB_NUM_THREADS", CORES, 1024)
-    )
+    threads = _whole_number("DLIB_NUM_THREADS", CORES, 1024)
+    os.environ["DLIB_NUM_THREADS"] = str(threads)
     maximum_area, photos_at_once = _fit_memory(
         face_model,
-        _whole_number(environ, "MAXIMUM_AREA", None),
-        _whole_number(environ, "PHOTOS_AT_ONCE", None),
+        _whole_number("MAXIMUM_AREA", None),
+        _whole_number("PHOTOS_AT_ONCE", None),
     )
     return Settings(
-        api_key=_read_api_key(environ),
+        api_key=_read_api_key(),
         face_model=face_model,
-        host=environ.get("HOST") or "0.0.0.0",
-        port=_whole_number(environ, "PORT", 5000, 65535),
+        host=os.environ.get("HOST") or "0.0.0.0",
+        port=_whole_number("PORT", 5000, 65535),
         maximum_area=maximum_area,
-        maximum_body=_whole_number(environ, "MAXIMUM_BODY", 64 << 20),
+        maximum_body=_whole_number("MAXIMUM_BODY", 64 << 20),
         photos_at_once=photos_at_once,
     )
 
 
-def _whole_number(environ, name, default, largest=10**15):
-    text = environ.get(name, "").strip()
+def _whole_number(name, default, largest=10**15):
+    text = os.environ.get(name, "").strip()
     if not text:
         return default
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) <= largest):
-        sys.exit(
-            f"{name} is {text!r}: give a whole number from 1 to {largest}, or none."
-        )
+    if not (re.fullmatch("[0-9]{1,16}", text) and 0 < int(text) <= largest):
+        sys.exit(f"{name} is {text!r}: give a whole number from 1 to {largest}.")
     return int(text)
 
 
-def _read_api_key(environ):
+def _read_api_key():
     file = HERE / "api.key"
-    key = environ.get("API_KEY", "").strip()
+    key = os.environ.get("API_KEY", "").strip()
     from_file = not key
     try:
         key = key or file.read_text("utf-8").strip()
     except FileNotFoundError:
-        sys.exit(f"There is no API key: set API_KEY, or put one into {file}. {NEW_KEY}")
+        sys.exit(
+            f"There is no API key: set API_KEY, or put one into {file}. {MAKE_KEY}"
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"{file} can't be read ({error}): mend that, or set API_KEY.")
     if key in ("", EXAMPLE_KEY):
-        sys.exit(
-            f"The API key (API_KEY or {file}) is empty or the example's. {NEW_KEY}"
-        )
+        sys.exit(f"The API key (API_KEY or {file}) is empty or an example. {MAKE_KEY}")
     if from_file and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("Others on this machine can read %s: chmod 600 it.", file)
     return key
 
 
 def _fit_memory(face_model, maximum_area, photos_at_once):
-    """Return both numbers, those that are None chosen so that memory holds what they promise."""
-    room = _memory_limit() - BYTES_AT_REST
+    """Return both numbers, those that are None as large as memory allows."""
+    room = _free_memory() - BYTES_AT_REST
     pixel = bytes_per_pixel(face_model)
     if not maximum_area:
         held = (room // (photos_at_once or 1) - BYTES_OF_A_SET) // pixel
@@ -153,8 +152,8 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
     return maximum_area, photos_at_once
 
 
-def _memory_limit():
-    """Return the bytes of memory that are free, or a control group's limit where that is less."""
+def _free_memory():
+    """Return the bytes that are free, or a control group's limit where that is less."""
     limits = [
         1024 * int(line.split()[1])
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -164,7 +163,7 @@ def _memory_limit():
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):  # versions 2 and 1
             group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
-            # The group's parents limit it, too; and a container may see itself as their root.
+            # Its parents limit it, too; and a container may see itself as their root.
             for folder in (group, *group.parents):
                 for name in ("memory.max", "memory.limit_in_bytes"):
                     with suppress(OSError, ValueError):  # no such limit
@@ -179,8 +178,8 @@ LANDMARKS_5 = "shape_predictor_5_face_landmarks.dat"
 LANDMARKS_68 = "shape_predictor_68_face_landmarks.dat"
 DESCRIPTOR = "dlib_face_recognition_resnet_model_v1.dat"
 
-# The files of each model, in vendor/models/N.  HOG, the detector of model 3 and the second
-# opinion of model 4, is a part of dlib.
+# The files of each model, in vendor/models/N.  HOG, the detector of model 3 and the
+# second opinion of model 4, is a part of dlib.
 MODELS = {
     1: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
     2: (DETECTOR, LANDMARKS_68, DESCRIPTOR),
@@ -194,9 +193,8 @@ UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not see
 SMALLEST_SIDE = 10  # pixels of an image; dlib's CNN crashes on less
 BORDER = 11  # pixels of black that the CNN surrounds an image with
 
-FAST_DLIB = getattr(
-    dlib, "DLIB_SCIPY_OPENBLAS", False
-)  # the one with vendor/dlib.patch
+# Whether this is the dlib with vendor/dlib.patch.
+FAST_DLIB = getattr(dlib, "DLIB_SCIPY_OPENBLAS", False)
 
 LARGEST_AREA = 3840 * 2160
 BYTES_AT_REST = 300 << 20  # of memory, with no photo in work
@@ -204,14 +202,14 @@ BYTES_OF_A_SET = 40 << 20  # of models, for each photo at once
 
 
 def bytes_per_pixel(face_model):
-    """Return what an analysis takes at its peak, as ``make memory`` measures it, rounded up."""
+    """Return what an analysis takes at its peak, as ``make memory`` finds, and some."""
     if FAST_DLIB or face_model == 3:
         return {1: 215, 2: 215, 3: 105, 4: 290}[face_model]
     return 1050
 
 
 class ModelSet(NamedTuple):
-    """What one analysis needs of dlib.  Its networks are not thread-safe: one analysis at a time."""
+    """What an analysis needs of dlib: for one at a time, as networks change in use."""
 
     cnn: "dlib.cnn_face_detection_model_v1 | None"
     hog: "dlib.fhog_object_detector | None"
@@ -235,7 +233,7 @@ def check_model_files(face_model):
 
 
 def load_model_set(face_model):
-    """Load the networks of a model (1 to 4), in 0.2 s; its landmarks are shared by all sets."""
+    """Load the networks of a model (1 to 4), in 0.2 s; all sets share its landmarks."""
     detector, landmarks, descriptor = (
         name and _model_file(face_model, name) for name in MODELS[face_model]
     )
@@ -260,9 +258,10 @@ def detect_faces(models, pixels, alone=True):
     """Find the faces in an RGB image.
 
     ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
-    ``dlib.rectangle`` in pixels and a confidence, in the detector's order.  ``alone`` says that
-    no other photo wants the cores: HOG, if the model has it, then runs beside the CNN, and else
-    after it, only if there is a face to judge.
+    ``dlib.rectangle`` in pixels and a confidence, in the detector's order.
+
+    Model 4 has HOG judge the faces of the CNN: beside it if ``alone`` says that no
+    other photo wants the cores, and else after it, only if there is a face to judge.
     """
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         return []
@@ -273,16 +272,9 @@ def detect_faces(models, pixels, alone=True):
     with ThreadPoolExecutor(1) as beside:
         hog = beside.submit(models.hog, pixels, 1) if alone else None
         faces = models.cnn(pixels, 0)
-        boxes = (hog or beside.submit(models.hog, pixels, 1)).result() if faces else []
-    return [
-        (
-            face.rect,
-            face.confidence
-            if _seen(face.rect, boxes)
-            else face.confidence * UNSEEN_FACTOR,
-        )
-        for face in faces
-    ]
+    boxes = hog.result() if hog else models.hog(pixels, 1) if faces else []
+    factors = [1 if _seen(face.rect, boxes) else UNSEEN_FACTOR for face in faces]
+    return [(face.rect, face.confidence * x) for face, x in zip(faces, factors)]
 
 
 def _seen(face, boxes):
@@ -295,16 +287,16 @@ def _seen(face, boxes):
 
 
 def describe_faces(models, pixels, boxes):
-    """Return (landmarks, descriptor) for each ``dlib.rectangle``: points, and 128 numbers.
+    """Return each ``dlib.rectangle``'s landmarks (points) and descriptor (128 numbers).
 
-    The descriptor is that of dlib's ResNet for the face aligned by its landmarks with a padding
-    of 0.25, without jitter.  Faces whose descriptors are closer than 0.6 (Euclidean) are taken for
-    the same person's: http://dlib.net/face_recognition.py.html
+    The descriptor is that of dlib's ResNet for the face aligned by its landmarks with a
+    padding of 0.25, without jitter.  Faces whose descriptors are closer than 0.6
+    (Euclidean) are one person's: http://dlib.net/face_recognition.py.html
     """
     if not boxes:
         return []
     shapes = [models.landmarks(pixels, box) for box in boxes]
-    # Each face is cut out by itself: cut out together, they would change each other by some 0.03.
+    # One by one: cut out together, they would change each other's descriptors by 0.03.
     chips = [dlib.get_face_chip(pixels, shape, 150, 0.25) for shape in shapes]
     descriptors = models.descriptor.compute_face_descriptor(chips)
     return [
@@ -319,10 +311,10 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what photos c
 
 
 def open_photo(file, maximum_area):
-    """Read the header of an image file, and return it as a ``PIL.Image`` that is not decoded yet.
+    """Read an image file's header; return a ``PIL.Image`` that is not decoded yet.
 
-    Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is one that is broken, and
-    with 412 if the image has more than ``maximum_area`` pixels.
+    Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is one that is
+    broken, and with 412 if the image has more than ``maximum_area`` pixels.
     """
     with _refusals(maximum_area):
         try:
@@ -331,13 +323,10 @@ def open_photo(file, maximum_area):
             file.seek(0)
             start = file.read(32)
             if start and not any(Image.OPEN[name][1](start) for name in FORMATS):
-                abort(
-                    415,
-                    f"This is no image of a kind read here: send {', '.join(FORMATS)}.",
-                )
+                abort(415, f"This is no image read here: send {', '.join(FORMATS)}.")
             raise
-        # To a photo the black around it is nothing: no JPEG, whose sides end at 65500, grows by
-        # a quarter.  But a strip one pixel wide becomes 23 times as large.
+        # To a photo the black around it is nothing: no JPEG, whose sides end at 65500,
+        # grows by a quarter.  But a strip one pixel wide becomes 23 times as large.
         bordered = (image.width + 2 * BORDER) * (image.height + 2 * BORDER)
         if bordered > 1.25 * maximum_area:
             raise Image.DecompressionBombError
@@ -345,11 +334,11 @@ def open_photo(file, maximum_area):
 
 
 def decode(image, maximum_area):
-    """Return the pixels of an opened image as dlib wants them: RGB, a uint8 array (height, width, 3).
+    """Return an image's pixels in RGB, as a uint8 array of shape (height, width, 3).
 
-    They are the file's, whatever its EXIF orientation.  Transparent ones are blended onto black as
-    dlib does it (``assign`` of an ``rgb_alpha_pixel`` in its pixel.h); greys of more than 8 bits are
-    scaled down to 8.  Aborts with 400 if the image is broken or cut short.
+    They are the file's, whatever its EXIF orientation.  Transparent ones are blended
+    onto black as dlib does it (``assign`` of an ``rgb_alpha_pixel`` in its pixel.h);
+    greys of more than 8 bits are scaled down to 8.  Aborts with 400 if it is broken.
     """
     with _refusals(maximum_area):
         if image.mode.startswith("I;16"):
@@ -371,14 +360,11 @@ def _grey(values):
 
 @contextmanager
 def _refusals(maximum_area):
-    """Turn what Pillow raises, which for a broken image may be anything, into the client's error."""
+    """Turn what Pillow raises, of a broken image anything, into the client's error."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        abort(
-            412,
-            f"The image has more than {maximum_area} pixels, the most here: scale it down.",
-        )
+        abort(412, f"The image has more than {maximum_area} pixels: scale it down.")
     except (HTTPException, MemoryError):
         raise
     except Exception as error:
@@ -395,18 +381,13 @@ service = Blueprint("service", __name__)
 @service.before_request
 def check_key():
     """Abort with 401 unless the request carries the API key, or needs none."""
-    if request.endpoint == "service.health" or (
-        request.endpoint == "service.welcome" and "x-api-key" not in request.headers
-    ):
+    sent = request.headers.get("x-api-key")
+    endpoint = request.endpoint.removeprefix("service.")
+    if endpoint == "health" or (endpoint == "welcome" and sent is None):
         return
-    sent = request.headers.get("x-api-key", "").encode(
-        "latin-1"
-    )  # the bytes, as WSGI has them
+    sent = (sent or "").encode("latin-1")  # the bytes that came, as WSGI has them
     if not hmac.compare_digest(sent, os.fsencode(_settings().api_key)):
-        abort(
-            401,
-            "The API key is missing or wrong: send the service's in the header x-api-key.",
-        )
+        abort(401, "The API key is missing or wrong: send it in the header x-api-key.")
 
 
 @service.get("/welcome")
@@ -458,36 +439,26 @@ def compute():
 
 
 def analyse(upload, find):
-    """Describe the faces of an uploaded photo that ``find(models, pixels, alone)`` finds in it.
+    """Describe the faces that ``find(models, pixels, alone)`` finds in an upload.
 
     The photo waits as a file until a model set is free, then is decoded.
     Returns a list of dicts, as the answer to ``/detect`` has them.
     """
-    settings, model_sets = _settings(), current_app.config["MODEL_SETS"]
-    image = open_photo(upload.stream, settings.maximum_area)
+    maximum_area = _settings().maximum_area
+    image = open_photo(upload.stream, maximum_area)
     asked = time.monotonic()
-    models = model_sets.get()
-    try:
+    with _free_model_set() as (models, alone):
         started = time.monotonic()
         if _client_is_gone():
             abort(400, "The client hung up while it waited.")
-        pixels = decode(image, settings.maximum_area)
-        try:
-            alone = model_sets.qsize() == settings.photos_at_once - 1
-            found = find(models, pixels, alone)
-            described = describe_faces(models, pixels, [box for box, _ in found])
-        except Exception:
-            # A network that was interrupted crashes on the next photo.
-            models = load_model_set(settings.face_model)
-            raise
-    finally:
-        model_sets.put(models)
+        pixels = decode(image, maximum_area)
+        found = find(models, pixels, alone)
+        described = describe_faces(models, pixels, [box for box, _ in found])
     log.info(
         "%s: %d faces in %d x %d pixels, %.0f ms after %.0f ms of waiting",
         request.path,
         len(found),
-        image.width,
-        image.height,
+        *image.size,
         1000 * (time.monotonic() - started),
         1000 * (started - asked),
     )
@@ -505,27 +476,42 @@ def analyse(upload, find):
     ]
 
 
+@contextmanager
+def _free_model_set():
+    """Wait for a model set, and lend it with whether all others are free.
+
+    One that failed is replaced: an interrupted network crashes on the next photo.
+    """
+    model_sets = current_app.config["MODEL_SETS"]
+    models = model_sets.get()
+    try:
+        yield models, model_sets.qsize() == _settings().photos_at_once - 1
+    except HTTPException:
+        raise
+    except Exception:
+        models = load_model_set(_settings().face_model)
+        raise
+    finally:
+        model_sets.put(models)
+
+
 def _settings():
     return current_app.config["SETTINGS"]
 
 
 def _posted_file():
     if "file" not in request.files:
-        abort(
-            400, "There is no photo: send it as the file of a form's field named file."
-        )
+        abort(400, "There is no photo: send it as a file, in the form's field file.")
     return request.files["file"]
 
 
 def _posted_face():
-    """Return the field ``face`` as the dict that it is and the ``dlib.rectangle`` that it frames."""
+    """Return the field ``face`` as a dict, and as the ``dlib.rectangle`` that it is."""
     try:
         face = json.loads(request.form["face"])
         json.dumps(face, allow_nan=False)
         sides = [face[side] for side in ("left", "top", "right", "bottom")]
-        if not all(
-            type(side) in (int, float) and abs(side) < 1 << 20 for side in sides
-        ):
+        if not all(type(x) in (int, float) and abs(x) < 1 << 20 for x in sides):
             raise ValueError
         box = dlib.rectangle(*map(round, sides))
         if box.is_empty():
@@ -533,21 +519,18 @@ def _posted_face():
     except (KeyError, TypeError, ValueError, RecursionError):
         abort(
             400,
-            "There is no face: send a JSON object in the form's field named face, with its left, "
-            "top, right and bottom in pixels, right and bottom not less than left and top.",
+            "There is no face: send it as a JSON object in the form's field face, with "
+            "left, top, right and bottom in pixels, left <= right and top <= bottom.",
         )
     return face, box
 
 
 def _client_is_gone():
-    """Tell whether the client has closed the connection that its answer would go to."""
-    connection = request.environ.get("gunicorn.socket") or request.environ.get(
-        "werkzeug.socket"
-    )
+    """Tell whether the client has closed the connection that waits for its answer."""
+    environ = request.environ
+    client = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
     try:
-        return connection is not None and not connection.recv(
-            1, socket.MSG_PEEK | socket.MSG_DONTWAIT
-        )
+        return client and not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
@@ -560,9 +543,7 @@ def refuse(error):
 
     A connection that is closed before that loses its answer.
     """
-    with suppress(
-        HTTPException
-    ):  # of more than twice of what is allowed, or of no more to come
+    with suppress(HTTPException):  # it is more than twice the limit, or ends too early
         request.max_content_length = 2 * _settings().maximum_body
         while request.stream.read(1 << 16):
             pass
@@ -574,11 +555,11 @@ def refuse(error):
 
 @service.app_errorhandler(Exception)
 def fail(error):
-    """Answer what is wrong with the machine, or with us: 507 if memory or disk run out, else 500."""
+    """Answer what is wrong here: with 507 if memory or disk run out, else with 500."""
     if isinstance(error, MemoryError):
-        what = "There is too little memory: lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
+        what = f"There is too little memory: {LESS_MEMORY}"
     elif isinstance(error, OSError):
-        what = f"A photo can't be kept ({error.strerror}): make room in the temporary folder."
+        what = f"The photo can't be kept ({error.strerror}): make room in TMPDIR."
     else:
         log.exception("A fault of the service's own")
         return {"error": "The service failed: its log says why."}, 500
@@ -590,14 +571,12 @@ def about_dlib():
     """Return a line about the dlib in use, and how fast that is."""
     cuda = "CUDA" if dlib.DLIB_USE_CUDA else "no CUDA"
     if not FAST_DLIB:
-        return f"{dlib.__version__} as released, {cuda}: 20 times slower than what make serve builds"
+        return f"{dlib.__version__} as released, {cuda}: slow, make DLIB=patched setup"
     import scipy_openblas32
 
     kernel = scipy_openblas32.get_openblas_config().split()[-2]
-    threads = os.environ["DLIB_NUM_THREADS"]
-    return (
-        f"{dlib.__version__} patched, OpenBLAS for {kernel}, {threads} threads, {cuda}"
-    )
+    speed = f"OpenBLAS for {kernel}, {os.environ['DLIB_NUM_THREADS']} threads"
+    return f"{dlib.__version__} patched, {speed}, {cuda}"
 
 
 def create_app(settings=None):
@@ -630,8 +609,8 @@ def create_app(settings=None):
 def serve():
     """Serve with gunicorn until SIGTERM, then finish what is in work.
 
-    There is one process, so that the models are in memory once, and a thread for each request:
-    they wait for the models rather than be refused.
+    There is one process, so that the models are in memory once, and a thread for each
+    request: they wait for the models rather than be refused.
     """
     from gunicorn.app.base import BaseApplication
     from gunicorn.workers.gthread import ThreadWorker
@@ -641,7 +620,7 @@ def serve():
 
     class Worker(ThreadWorker):
         def set_accept_enabled(self, enabled):
-            """Told to stop, take the connections that wait, then refuse: any left would break."""
+            """Told to stop, take what waits, then refuse: what is left would break."""
             super().set_accept_enabled(enabled)
             for listener in self.sockets if not self.alive else ():
                 accepted = -1
@@ -659,7 +638,7 @@ def serve():
                 "worker_connections": 1024,
                 "timeout": 0,  # no photo is too slow
                 "graceful_timeout": 3600,
-                "keepalive": 0,  # a connection kept for the next photo may break under it
+                "keepalive": 0,  # one kept for the next photo may break under it
                 "control_socket_disable": True,
                 "post_fork": _tell_of_replacement,
             }
@@ -675,8 +654,9 @@ def serve():
 def _tell_of_replacement(server, worker):
     if worker.age > 1:
         log.error(
-            "The server process died, and is replaced; the photos it had in work are lost.  If "
-            "memory ran out (SIGKILL), lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
+            "The server process died, and is replaced; photos it had in work are lost."
+            "  If memory ran out (SIGKILL): %s",
+            LESS_MEMORY,
         )
 
 
