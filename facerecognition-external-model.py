@@ -23,6 +23,7 @@ Settings come from the environment:
 other WSGI servers find ``create_app``, or ``app``.
 """
 
+import ctypes
 import functools
 import hashlib
 import hmac
@@ -44,6 +45,10 @@ from typing import NamedTuple
 # dlib spreads a photo's work over threads of its own: a BLAS with more of them would
 # only get in their way.  It reads this when dlib loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# One heap for all threads: several, as glibc has them, take half as much again, and grow.
+with suppress(AttributeError):  # where the libc is another
+    ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 import dlib
 import numpy as np
