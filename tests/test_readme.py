@@ -2,8 +2,13 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
-from conftest import ROOT, box, module, overlap, photo
+import pytest
+from conftest import PHOTOS, ROOT, box, module, overlap, photo
+from test_try import run
 
 README = (ROOT / "README.md").read_text()
 
@@ -31,8 +36,47 @@ def test_endpoints_and_statuses_are_all_there():
 
 def test_make_has_what_is_named():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make (?:[A-Z_]+=\S+ )*([a-z-]+)", README):
+    settings = r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*'
+    for target in re.findall(f"`make {settings}([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def words(text):
+    """The text without its numbers: those of either detector are right."""
+    return re.sub(r"[\d.]+", "0", text)
+
+
+def test_what_make_try_says_is_real(service, tmp_path):
+    photos, shown = re.search(
+        r'^\$ make try PHOTO="([^"]*)"\n(.*?)^```', README, re.MULTILINE | re.DOTALL
+    ).groups()
+    (tmp_path / "tests").mkdir()
+    shutil.copytree(PHOTOS, tmp_path / "tests/photos")
+    status, said = run(tmp_path, *photos.split(), port=service.port)
+    assert status == 0, said
+    assert [words(line) for line in said] == [
+        words(line) for line in shown.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("file", ["faces", "protocol", "proxy", "trust"])
+def test_the_tests_that_are_named_are_there(file):
+    """Each -k in the README, on its line or below it in a table, chooses some test."""
+    chosen, last = [], None
+    for found in re.finditer(r'tests/test_(\w+)\.py|-k ("[^"]+"|\w+)', README):
+        last = found[1] or last
+        if last == file:
+            chosen.append(found[2].strip('"') if found[2] else "test")
+    assert chosen
+    for expression in chosen:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", expression]
+            + [ROOT / f"tests/test_{file}.py"],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, expression
 
 
 def test_curls_output_is_real(service):
