@@ -60,7 +60,7 @@ memory: setup $(VENV)/installed-tests tests/photos ## measure what an analysis t
 	@for model in 1 2 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
 	@$(BIN)/python tests/memory.py
 
-try: setup $(if $(API_KEY),,api.key) ## draw what the service sees in PHOTO=family.jpg, or in two of them
+try: setup $(if $(API_KEY),,api.key) $(if $(findstring tests/photos,$(PHOTO)),tests/photos) ## draw what the service sees in PHOTO=family.jpg, or in two of them
 	@$(BIN)/python tests/try.py $(PHOTO)
 
 docker: ## build the image facerecognition
