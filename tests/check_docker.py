@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -93,8 +94,6 @@ def test_shut_in_with_2_gb():
     with container(*SHUT_IN, "--memory=2g") as service:
         area = service.request("/open")[1]["maximum_area"]
         largest = encoded(picture("obama.jpg").resize((2 * area // 3000, 1500)))
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(4) as clients:
             assert [
                 status for status, _ in clients.map(service.detect, [largest] * 4)
@@ -106,16 +105,12 @@ def test_shut_in_with_2_gb():
 
 
 def test_health_under_load_and_sigterm():
-    from concurrent.futures import ThreadPoolExecutor
-
     large = encoded(scaled(picture("obama.jpg"), 8))
     with container("--health-interval=1s") as service, ThreadPoolExecutor(4) as clients:
         answers = [clients.submit(service.detect, large) for _ in range(4)]
         time.sleep(3)
-        assert (
-            docker("inspect", "-f", "{{.State.Health.Status}}", service.name)
-            == "healthy"
-        )
+        health = docker("inspect", "-f", "{{.State.Health.Status}}", service.name)
+        assert health == "healthy"
         docker("stop", "-t", "300", service.name)
         assert [answer.result()[0] for answer in answers] == [200] * 4
         assert docker("inspect", "-f", "{{.State.ExitCode}}", service.name) == "0"

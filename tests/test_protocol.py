@@ -181,9 +181,8 @@ def test_415(service, content):
     ],
 )
 def test_the_base_name_is_answered(service, sent, answered):
-    assert (
-        service.detect(photo("astronaut.png"), filename=sent)[1]["filename"] == answered
-    )
+    answer = service.detect(photo("astronaut.png"), filename=sent)[1]
+    assert answer["filename"] == answered
 
 
 def test_curl_with_a_large_body(service, tmp_path):

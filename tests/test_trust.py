@@ -29,10 +29,10 @@ from conftest import (
     wait_until_up,
 )
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-LARGE = scaled(
-    picture("obama.jpg"), 3
-)  # as a PNG more than stays in memory: it goes to the disk
+# As a PNG more than stays in memory: it goes to the disk.
+LARGE = scaled(picture("obama.jpg"), 3)
 
 
 def upload(service, content, key=KEY):
@@ -123,12 +123,8 @@ def test_the_key_and_names_are_told_to_nobody(tmp_path):
         for _, answer in answers[1:]:
             assert "secret" not in str(answer) and str(Path.cwd()) not in str(answer)
         assert KEY not in service.log() and "secret-name" not in service.log()
-        assert (
-            KEY
-            not in subprocess.run(
-                ["ps", "axww"], capture_output=True, text=True, check=True
-            ).stdout
-        )
+        for pid in (service.process.pid, service.worker()):
+            assert KEY not in Path(f"/proc/{pid}/cmdline").read_text()
 
 
 # -------------------------------------------------------------------- nothing is lost
@@ -342,11 +338,8 @@ def test_load(tmp_path):
         warm = run(60)
         hot = run(count)
         print(f"{count} photos: {warm} (MB, files, threads) before, {hot} after")
-        assert (
-            hot[0] < warm[0] * 1.25 + 50
-            and hot[1] <= warm[1] + 1
-            and hot[2] <= warm[2] + 1
-        )
+        assert hot[0] < warm[0] * 1.1 + 50
+        assert hot[1] <= warm[1] + 1 and hot[2] <= warm[2] + 1
         assert os.listdir(tmp_path / "tmp") == []
 
 
@@ -468,41 +461,30 @@ def test_broken_requests_are_the_clients_errors(service):
 
 def test_bombs(service):
     """What is small as a file and large in memory is refused before it is, or read as what it is."""
-    info = Image.Exif()
-    info[0x010E] = "x" * 60_000
-    began = time.monotonic()
-    assert service.detect(encoded(Image.new("1", (60_000, 60_000)), "PNG"))[0] == 412
-    assert (
-        service.detect(
-            encoded(Image.new("1", (16_000, 16_000)), "TIFF", compression="group4")
-        )[0]
-        == 412
-    )
-    assert service.detect(encoded(Image.new("L", (200, 200)), exif=info))[0] == 200
-    from PIL.PngImagePlugin import PngInfo
 
+    def status(image, format="PNG", **options):
+        return service.detect(encoded(image, format, **options))[0]
+
+    began = time.monotonic()
+    assert status(Image.new("1", (60_000, 60_000))) == 412
+    fax = Image.new("1", (16_000, 16_000))
+    assert status(fax, "TIFF", compression="group4") == 412
+    small = Image.new("L", (200, 200))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60_000
+    assert status(small, "JPEG", exif=exif) == 200
     text = PngInfo()
     text.add_text("bomb", "x" * 50_000_000, zip=True)
-    assert service.detect(encoded(Image.new("L", (200, 200)), "PNG", pnginfo=text))[
-        0
-    ] in (200, 400)
+    assert status(small, pnginfo=text) in (200, 400)
     frames = [Image.new("L", (500, 500), i) for i in range(256)]
-    assert (
-        service.detect(encoded(frames[0], "GIF", save_all=True, append_images=frames))[
-            0
-        ]
-        == 200
-    )
+    assert status(frames[0], "GIF", save_all=True, append_images=frames) == 200
     assert time.monotonic() - began < 20
 
 
 def test_thousands_of_fields(service):
-    form = {f"field{i}": "x" for i in range(900)} | {
-        "file": (io.BytesIO(photo("astronaut.png")), "a.jpg")
-    }
-    assert service.request("/detect", form)[0] == 200
-    form = {
-        "face": "x" * 1_000_000,
-        "file": (io.BytesIO(photo("astronaut.png")), "a.jpg"),
-    }
+    fields = {f"field{i}": "x" for i in range(900)}
+    file = (io.BytesIO(photo("astronaut.png")), "a.jpg")
+    assert service.request("/detect", fields | {"file": file})[0] == 200
+    file = (io.BytesIO(photo("astronaut.png")), "a.jpg")
+    form = {"face": "x" * 1_000_000, "file": file}
     assert service.request("/compute", form)[0] == 413
