@@ -30,6 +30,7 @@ import hmac
 import json
 import logging
 import os
+import platform
 import queue
 import re
 import socket
@@ -46,9 +47,15 @@ from typing import NamedTuple
 # only get in their way.  It reads this when dlib loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# One heap for all threads: several, as glibc has them, take half as much again, and grow.
-with suppress(AttributeError):  # where the libc is another
-    ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+# On an ARM CPU with SME (so AT_HWCAP2 says) OpenBLAS 0.3.34 computes nothing, and no
+# photo has faces: have it take the code for an older one.
+libc = ctypes.CDLL(None)
+if platform.machine() == "aarch64" and libc.getauxval(26) & 1 << 23:
+    os.environ.setdefault("OPENBLAS_CORETYPE", "NEOVERSEN1")
+
+# One heap for all threads: several, as glibc has them, take half as much again and grow.
+with suppress(AttributeError):  # of another libc
+    libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 import dlib
 import numpy as np
