@@ -53,7 +53,7 @@ libc = ctypes.CDLL(None)
 if platform.machine() == "aarch64" and libc.getauxval(26) & 1 << 23:
     os.environ.setdefault("OPENBLAS_CORETYPE", "NEOVERSEN1")
 
-# One heap for all threads: several, as glibc has them, take half as much again and grow.
+# One heap for all threads: several, as glibc has them, take half as much again.
 with suppress(AttributeError):  # of another libc
     libc.mallopt(-8, 1)  # M_ARENA_MAX
 
