@@ -30,7 +30,6 @@ import hmac
 import json
 import logging
 import os
-import platform
 import queue
 import re
 import socket
@@ -50,7 +49,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # On an ARM CPU with SME (so AT_HWCAP2 says) OpenBLAS 0.3.34 computes nothing, and no
 # photo has faces: have it take the code for an older one.
 libc = ctypes.CDLL(None)
-if platform.machine() == "aarch64" and libc.getauxval(26) & 1 << 23:
+if os.uname().machine == "aarch64" and libc.getauxval(26) & 1 << 23:
     os.environ.setdefault("OPENBLAS_CORETYPE", "NEOVERSEN1")
 
 # One heap for all threads: several, as glibc has them, take half as much again.
