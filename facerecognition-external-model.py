@@ -283,7 +283,9 @@ def detect_faces(models, pixels, alone=True):
     with ThreadPoolExecutor(1) as beside:
         hog = beside.submit(models.hog, pixels, 1) if alone else None
         faces = models.cnn(pixels, 0)
-    boxes = hog.result() if hog else models.hog(pixels, 1) if faces else []
+    boxes = []
+    if faces:
+        boxes = hog.result() if hog else models.hog(pixels, 1)
     factors = [1 if _seen(face.rect, boxes) else UNSEEN_FACTOR for face in faces]
     return [(face.rect, face.confidence * x) for face, x in zip(faces, factors)]
 
