@@ -47,10 +47,7 @@ bench: setup $(VENV)/installed-tests tests/photos $(VENV)/stock ## compare with 
 
 convolutions: $(VENV)/installed-base ## check the patched dlib's convolutions against their definition
 	@$(MAKE) --no-print-directory $(DLIB_SOURCE)
-	@$(WITH_OPENBLAS) && $${CXX:-c++} -std=c++14 -O2 -DDLIB_NO_GUI_SUPPORT -DDLIB_SCIPY_OPENBLAS -DBLAS_SYMBOL_PREFIX=scipy_ \
-		-I$(DLIB_SOURCE) -I$$DLIB_SCIPY_OPENBLAS/include tests/convolutions.cpp $(DLIB_SOURCE)/dlib/all/source.cpp \
-		$$DLIB_SCIPY_OPENBLAS/lib/libscipy_openblas.so -Wl,-rpath,$$DLIB_SCIPY_OPENBLAS/lib -lpthread -o vendor/build/convolutions
-	@OPENBLAS_NUM_THREADS=1 vendor/build/convolutions
+	@tests/convolutions.sh $(DLIB_SOURCE)
 
 audit: $(INSTALLED) ## look for known holes in what is installed (PyPI must answer)
 	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip -q install pip-audit
@@ -127,11 +124,9 @@ $(DLIB_SOURCE): vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/pyvenv.cfg
 		sha256sum --quiet -c $(CURDIR)/vendor/dlib.sha256 && tar xf $(@F).tar.gz && rm $(@F).tar.gz
 	@patch -s -d $@ -p1 < vendor/dlib.patch && touch $@
 
-WITH_OPENBLAS = DLIB_SCIPY_OPENBLAS=$$($(BIN)/python -c 'import scipy_openblas32; print(*scipy_openblas32.__path__)')
-
 vendor/build/dlib: $(DLIB_SOURCE)
 	@echo "Building dlib, once: some 3 minutes on two cores"
-	@$(WITH_OPENBLAS) DLIB_PYTHON_FACES_ONLY=ON DLIB_NO_GUI_SUPPORT=ON DLIB_USE_BLAS=OFF DLIB_USE_LAPACK=OFF \
+	@DLIB_PYTHON_FACES_ONLY=ON DLIB_NO_GUI_SUPPORT=ON DLIB_USE_BLAS=OFF DLIB_USE_LAPACK=OFF \
 	DLIB_GIF_SUPPORT=OFF DLIB_WEBP_SUPPORT=OFF DLIB_JXL_SUPPORT=OFF \
 	$(BIN)/pip wheel -v --no-deps -w $@ $(DLIB_SOURCE) 2>&1 | tee vendor/build/dlib.log | \
 		sed -unE 's/^ *(\[ *[0-9]+%\]).*\/(.*)\.o$$/\1 \2/p' || \

@@ -15,8 +15,8 @@ Settings come from the environment:
     FACE_MODEL      1 to 4, the app's number of the model                            (1)
     HOST, PORT      where to listen                                      (0.0.0.0, 5000)
     MAXIMUM_AREA    the most pixels of a photo       (3840 x 2160, or what memory holds)
-    MAXIMUM_BODY    the most bytes of a request                                 (64 MiB)
-    PHOTOS_AT_ONCE  how many are analysed at a time     (one a core, or as memory holds)
+    MAXIMUM_BODY    the most bytes of a photo; for /compute eight times that    (64 MiB)
+    PHOTOS_AT_ONCE  how many are analysed at a time                       (one per core)
     DLIB_NUM_THREADS  how many cores one photo may use, as dlib names it           (all)
 
 ``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
@@ -24,6 +24,7 @@ other WSGI servers find ``create_app``, or ``app``.
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import hmac
@@ -32,29 +33,27 @@ import logging
 import os
 import queue
 import re
+import resource
+import runpy
+import signal
 import socket
 import stat
+import struct
 import sys
+import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# dlib spreads a photo's work over threads of its own: a BLAS with more of them would
-# only get in their way.  It reads this when dlib loads it.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-# On an ARM CPU with SME (so AT_HWCAP2 says) OpenBLAS 0.3.34 computes nothing, and no
-# photo has faces: have it take the code for an older one.
+# One heap for all threads, as several take half as much again.  Images and tensors lie
+# outside of it, so that their memory goes back to the system; the rest is kept.
 libc = ctypes.CDLL(None)
-if os.uname().machine == "aarch64" and libc.getauxval(26) & 1 << 23:
-    os.environ.setdefault("OPENBLAS_CORETYPE", "NEOVERSEN1")
-
-# One heap for all threads: several, as glibc has them, take half as much again.
 with suppress(AttributeError):  # of another libc
     libc.mallopt(-8, 1)  # M_ARENA_MAX
+    libc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
 
 import dlib
 import numpy as np
@@ -65,7 +64,6 @@ from werkzeug.exceptions import HTTPException
 __version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
-CORES = len(os.sched_getaffinity(0))
 
 logging.basicConfig(
     stream=sys.stdout,
@@ -86,13 +84,15 @@ class Settings(NamedTuple):
     host: str
     port: int
     maximum_area: int  # pixels of one photo
-    maximum_body: int  # bytes of one request
+    maximum_body: int  # bytes of a request; for /compute eight times that
     photos_at_once: int
+    memory: int  # bytes for all photos together
 
 
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
 MAKE_KEY = "openssl rand -base64 32 makes a good one."
-LESS_MEMORY = "lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add some."
+SMALLER = "scale it down."
+LESS_MEMORY = "lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add memory."
 
 
 def read_settings():
@@ -106,7 +106,7 @@ def read_settings():
     # dlib reads this itself, at its first photo, and fails then if it is no number.
     threads = _whole_number("DLIB_NUM_THREADS", CORES, 1024)
     os.environ["DLIB_NUM_THREADS"] = str(threads)
-    maximum_area, photos_at_once = _fit_memory(
+    maximum_area, photos_at_once, memory = _fit_memory(
         face_model,
         _whole_number("MAXIMUM_AREA", None),
         _whole_number("PHOTOS_AT_ONCE", None),
@@ -119,6 +119,7 @@ def read_settings():
         maximum_area=maximum_area,
         maximum_body=_whole_number("MAXIMUM_BODY", 64 << 20),
         photos_at_once=photos_at_once,
+        memory=memory,
     )
 
 
@@ -132,54 +133,108 @@ def _whole_number(name, default, largest=10**15):
 
 
 def _read_api_key():
-    file = HERE / "api.key"
     key = os.environ.get("API_KEY", "").strip()
-    from_file = not key
+    if not key:
+        key = _key_of_file(HERE / "api.key")
+    if key in ("", EXAMPLE_KEY):
+        sys.exit(f"The API key is empty or the example. {MAKE_KEY}")
+    return key
+
+
+def _key_of_file(file):
+    """Return the one line of the file that is neither empty nor a comment."""
     try:
-        key = key or file.read_text("utf-8").strip()
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+        mode = file.stat().st_mode
     except FileNotFoundError:
         sys.exit(
             f"There is no API key: set API_KEY, or put one into {file}. {MAKE_KEY}"
         )
     except (OSError, ValueError) as error:
-        sys.exit(f"{file} can't be read ({error}): mend that, or set API_KEY.")
-    if key in ("", EXAMPLE_KEY):
-        sys.exit(f"The API key (API_KEY or {file}) is empty or an example. {MAKE_KEY}")
-    if from_file and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        sys.exit(f"{file} can't be read ({error}): correct that, or set API_KEY.")
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if len(keys) > 1:
+        sys.exit(f"{file} has {len(keys)} lines: leave only the key. {MAKE_KEY}")
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("Others on this machine can read %s: chmod 600 it.", file)
-    return key
+    return "".join(keys)
 
 
 def _fit_memory(face_model, maximum_area, photos_at_once):
-    """Return both numbers, those that are None as large as memory allows."""
-    room = _free_memory() - BYTES_AT_REST
+    """Return the largest area, how many photos at once, and the bytes for them all.
+
+    The area depends only on how much memory there is in all, in steps: the app stops
+    when it is smaller after a restart than what its admin has set.
+    """
     pixel = bytes_per_pixel(face_model)
+    total, available = _memory()
+    room = total - BYTES_AT_REST - BYTES_OF_A_SET
     if not maximum_area:
-        held = (room // (photos_at_once or 1) - BYTES_OF_A_SET) // pixel
-        maximum_area = max(min(LARGEST_AREA, held), 1)
-    if not photos_at_once:
-        held = room // (maximum_area * pixel + BYTES_OF_A_SET)
-        photos_at_once = max(min(CORES, held), 1)
-    return maximum_area, photos_at_once
+        areas = [area for area in AREAS if area * pixel <= room]
+        if not areas:
+            needed = (total - room + AREAS[-1] * pixel >> 20) + 1
+            sys.exit(f"There are {total >> 20} MB of memory, but it takes {needed}.")
+        maximum_area = areas[0]
+        if maximum_area < AREAS[0]:
+            log.warning(
+                "Memory holds photos of up to %d pixels: with a larger area set, the "
+                "app stops.  Set it there to at most that, or add memory.",
+                maximum_area,
+            )
+    largest = maximum_area * pixel
+    fitting = 1 + max(room - largest, 0) // BYTES_OF_A_SET
+    at_once = photos_at_once or min(CORES, fitting)
+    sets = (at_once - 1) * BYTES_OF_A_SET
+    room = min(room, available - BYTES_AT_REST - BYTES_OF_A_SET) - sets
+    if largest > room or (photos_at_once or 0) * largest > room:
+        log.warning(
+            "Memory holds %d photos of the largest area at once: further ones wait.  "
+            "If it runs out: %s",
+            max(room // largest, 1),
+            LESS_MEMORY,
+        )
+    return maximum_area, at_once, max(room, largest)
 
 
-def _free_memory():
-    """Return the bytes that are free, or a control group's limit where that is less."""
-    limits = [
-        1024 * int(line.split()[1])
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    ]
+def _memory():
+    """Return the bytes of memory that there are for this process, and that are free."""
+    text = Path("/proc/meminfo").read_text()
+    total, available = (
+        1024 * int(re.search(rf"^{name}: *(\d+)", text, re.MULTILINE)[1])
+        for name in ("MemTotal", "MemAvailable")
+    )
+    for group in _control_groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # no such limit
+                total = min(total, int((group / name).read_text()))
+    return total, min(total, available)
+
+
+def _count_cores():
+    """Return how many cores this process may use; of a CPU quota a part counts, too."""
+    cores = len(os.sched_getaffinity(0))
+    for group in _control_groups("cpu"):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with suppress(OSError, ValueError):  # no such limit
+                text = " ".join((group / name).read_text() for name in names)
+                quota, period = map(int, text.split())
+                cores = min(cores, -(-quota // period)) if quota > 0 else cores
+    return cores
+
+
+def _control_groups(controller):
+    """Yield the folders of the control groups, version 1 or 2, that limit this process.
+
+    Those around its own limit it, too; and a container may see its own as their root.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):  # versions 2 and 1
+        if not controllers or controller in controllers.split(","):
             group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
-            # Its parents limit it, too; and a container may see itself as their root.
-            for folder in (group, *group.parents):
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    with suppress(OSError, ValueError):  # no such limit
-                        limits.append(int((folder / name).read_text()))
-    return min(limits)
+            yield from (group, *group.parents)
+
+
+CORES = _count_cores()
 
 
 # ------------------------------------------------------------------------------ models
@@ -204,19 +259,20 @@ UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not see
 SMALLEST_SIDE = 10  # pixels of an image; dlib's CNN crashes on less
 BORDER = 11  # pixels of black that the CNN surrounds an image with
 
-# Whether this is the dlib with vendor/dlib.patch.
-FAST_DLIB = getattr(dlib, "DLIB_SCIPY_OPENBLAS", False)
+FAST_DLIB = hasattr(dlib, "DLIB_FAST_FACES")  # whether vendor/dlib.patch is in it
+WIDEST_FOR_STOCK = 30000  # pixels; beyond 38,000 the stock dlib overwrites memory
 
-LARGEST_AREA = 3840 * 2160
-BYTES_AT_REST = 300 << 20  # of memory, with no photo in work
+# Pixels of /detect's photos: of the app's largest, All-in-One's, Full HD, the app's least.
+AREAS = (3840 * 2160, 4_320_000, 1920 * 1080, 640 * 480)
+UNIT = 1 << 20  # bytes, in which memory is counted
+LARGEST_ORIGINAL = 200_000_000  # pixels of /compute's: more than any phone takes
+BYTES_AT_REST = 200 << 20  # of memory, with no photo in work
 BYTES_OF_A_SET = 40 << 20  # of models, for each photo at once
 
 
 def bytes_per_pixel(face_model):
-    """Return what an analysis takes at its peak, as ``make memory`` finds, and some."""
-    if FAST_DLIB or face_model == 3:
-        return {1: 215, 2: 215, 3: 105, 4: 290}[face_model]
-    return 1050
+    """Return what /detect takes at its peak, as ``make memory`` finds, and some."""
+    return 75 if face_model == 3 else 115 if FAST_DLIB else 1050
 
 
 class ModelSet(NamedTuple):
@@ -248,12 +304,17 @@ def load_model_set(face_model):
     detector, landmarks, descriptor = (
         name and _model_file(face_model, name) for name in MODELS[face_model]
     )
-    return ModelSet(
+    blank = np.zeros((80, 80, 3), np.uint8)
+    models = ModelSet(
         cnn=detector and dlib.cnn_face_detection_model_v1(detector),
         hog=dlib.get_frontal_face_detector() if face_model in (3, 4) else None,
         landmarks=_load_landmarks(landmarks),
         descriptor=dlib.face_recognition_model_v1(descriptor),
     )
+    # What dlib makes at the first photo, filters and threads, is there from the start.
+    describe_faces(models, blank, [dlib.rectangle(20, 20, 60, 60)])
+    detect_faces(models, blank)
+    return models
 
 
 @functools.cache
@@ -265,29 +326,37 @@ def _model_file(face_model, name):
     return str(HERE / "vendor" / "models" / str(face_model) / name)
 
 
-def detect_faces(models, pixels, alone=True):
+def detect_faces(models, pixels):
     """Find the faces in an RGB image.
 
     ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
     ``dlib.rectangle`` in pixels and a confidence, in the detector's order.
-
-    Model 4 has HOG judge the faces of the CNN: beside it if ``alone`` says that no
-    other photo wants the cores, and else after it, only if there is a face to judge.
     """
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         return []
     if not models.cnn:
         return [(box, HOG_CONFIDENCE) for box in models.hog(pixels, 1)]
-    if not models.hog:
-        return [(face.rect, face.confidence) for face in models.cnn(pixels, 0)]
-    with ThreadPoolExecutor(1) as beside:
-        hog = beside.submit(models.hog, pixels, 1) if alone else None
-        faces = models.cnn(pixels, 0)
-    boxes = []
-    if faces:
-        boxes = hog.result() if hog else models.hog(pixels, 1)
+    faces = models.cnn(pixels, 0)
+    if not models.hog or not faces:
+        return [(face.rect, face.confidence) for face in faces]
+    boxes = models.hog(pixels, 1)
     factors = [1 if _seen(face.rect, boxes) else UNSEEN_FACTOR for face in faces]
     return [(face.rect, face.confidence * x) for face, x in zip(faces, factors)]
+
+
+def surroundings(box, size):
+    """Return the region (left, top, right, bottom) of an image that a face depends on.
+
+    It goes beyond the box by twice the box's size.  The points at which dlib's landmarks
+    look, and what is cut out around them, lie well within that.
+    """
+    width, height = size
+    margin = 2 * max(box.width(), box.height())
+    left = min(max(box.left() - margin, 0), width - 1)
+    top = min(max(box.top() - margin, 0), height - 1)
+    right = max(min(box.right() + margin + 1, width), left + 1)
+    bottom = max(min(box.bottom() + margin + 1, height), top + 1)
+    return left, top, right, bottom
 
 
 def _seen(face, boxes):
@@ -321,15 +390,24 @@ def describe_faces(models, pixels, boxes):
 # ------------------------------------------------------------------------------ images
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what photos come in
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+LARGEST_TILE = 1 << 20  # pixels; a small image may have a larger tile
+BROKEN_IMAGE = "The image is broken or cut short: send the whole file."
+START_OF_SCAN = b"\xff\xda"
+MOST_SCANS = 100  # of a JPEG; libjpeg writes ten, and each takes time
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.ENOENT, errno.EMFILE, errno.ENFILE),
+)
 
 
-def open_photo(file, maximum_area):
+def open_photo(file):
     """Read an image file's header; return a ``PIL.Image`` that is not decoded yet.
 
     Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is one that is
-    broken, and with 412 if the image has more than ``maximum_area`` pixels.
+    broken, and with 412 if decoding it takes more than an image of its size does.
     """
-    with _refusals(maximum_area):
+    with _refusals():
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -338,52 +416,76 @@ def open_photo(file, maximum_area):
             if start and not any(Image.OPEN[name][1](start) for name in FORMATS):
                 abort(415, f"This is no image read here: send {', '.join(FORMATS)}.")
             raise
-        # To a photo the black around it is nothing: no JPEG, whose sides end at 65500,
-        # grows by a quarter.  But a strip one pixel wide becomes 23 times as large.
-        bordered = (image.width + 2 * BORDER) * (image.height + 2 * BORDER)
-        if bordered > 1.25 * maximum_area:
-            raise Image.DecompressionBombError
+        tags = getattr(image, "tag_v2", {})
+        if tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0) > max(
+            image.width * image.height, LARGEST_TILE
+        ):
+            abort(412, "The image's tiles are larger than itself: save it without.")
+        if image.format in ("JPEG", "MPO"):
+            file.seek(0)
+            parts = iter(functools.partial(file.read, 1 << 20), b"")
+            if sum(part.count(START_OF_SCAN) for part in parts) > MOST_SCANS:
+                abort(412, "The JPEG has too many scans: save it with fewer.")
     return image
 
 
-def decode(image, maximum_area):
-    """Return an image's pixels in RGB, as a uint8 array of shape (height, width, 3).
+def decoding_memory(image):
+    """Return about how many bytes decoding the image takes at its peak."""
+    direct = image.format in ("BMP", "JPEG", "MPO", "PNG") and image.mode not in "IF"
+    pixel = 5 if direct and "progressive" not in image.info else 16
+    return image.width * image.height * pixel
 
-    They are the file's, whatever its EXIF orientation.  Transparent ones are blended
-    onto black as dlib does it (``assign`` of an ``rgb_alpha_pixel`` in its pixel.h);
-    greys of more than 8 bits are scaled down to 8.  Aborts with 400 if it is broken.
+
+def decode(image, region):
+    """Return a region's pixels in RGB, as a uint8 array of shape (height, width, 3).
+
+    They are the file's, whatever its EXIF orientation.  ``region`` is left, top, right
+    and bottom, the latter two exclusive.  Aborts with 400 if the image is broken.
     """
-    with _refusals(maximum_area):
-        if image.mode.startswith("I;16"):
-            return _grey(np.asarray(image) >> 8)
+    left, top, right, bottom = region
+    with _refusals():
+        image.load()
         if image.mode in ("I", "F"):  # their lightest pixel is taken for white
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
             values -= values.min()
-            return _grey(values * (255 / max(values.max(), 1e-9)))
-        if image.has_transparency_data:
-            rgba = np.asarray(image.convert("RGBA"))
-            alpha = rgba[..., 3:].astype(np.uint16)
-            return (rgba[..., :3] * (alpha + (alpha == 255)) >> 8).astype(np.uint8)
-        return np.asarray(image.convert("RGB"))
+            values *= 255 / max(values.max(), 1e-9)
+            image = Image.fromarray(values.astype(np.uint8))
+        pixels = np.empty((bottom - top, right - left, 3), np.uint8)
+        rows = (1 << 20) // (
+            right - left
+        ) + 1  # at a time: less memory than all at once
+        for y in range(top, bottom, rows):
+            band = image.crop((left, y, right, min(y + rows, bottom)))
+            pixels[y - top : y - top + rows] = _rgb(band)
+    return pixels
 
 
-def _grey(values):
-    return np.repeat(values.astype(np.uint8)[..., np.newaxis], 3, axis=2)
+def _rgb(image):
+    """Return an image's pixels in RGB.
+
+    Transparent ones are blended onto black as dlib does it (``assign`` of an
+    ``rgb_alpha_pixel`` in its pixel.h); greys of 16 bits are scaled down to 8.
+    """
+    if image.mode.startswith("I;16"):
+        return (np.asarray(image) >> 8)[..., np.newaxis]
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        alpha = rgba[..., 3:].astype(np.uint16)
+        return rgba[..., :3] * (alpha + (alpha == 255)) >> 8
+    return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
-def _refusals(maximum_area):
-    """Turn what Pillow raises, of a broken image anything, into the client's error."""
+def _refusals(what=BROKEN_IMAGE):
+    """Turn what is raised by what a client sent, anything, into the client's error."""
     try:
         yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        abort(412, f"The image has more than {maximum_area} pixels: scale it down.")
     except (HTTPException, MemoryError):
         raise
     except Exception as error:
-        if getattr(error, "errno", None):  # the disk's fault, not the image's
+        if getattr(error, "errno", None) in DISK_ERRORS:
             raise
-        abort(400, "The image is broken or cut short: send the whole file.")
+        abort(400, what)
 
 
 # ----------------------------------------------------------------------------- service
@@ -401,6 +503,8 @@ def check_key():
     sent = (sent or "").encode("latin-1")  # the bytes that came, as WSGI has them
     if not hmac.compare_digest(sent, os.fsencode(_settings().api_key)):
         abort(401, "The API key is missing or wrong: send it in the header x-api-key.")
+    if endpoint == "compute":
+        request.max_content_length = 8 * _settings().maximum_body
 
 
 @service.get("/welcome")
@@ -433,7 +537,22 @@ def open_model():
 def detect():
     """Find and describe all faces of the photo in the field ``file``."""
     upload = _posted_file()
-    faces = analyse(upload, detect_faces)
+    settings = _settings()
+    image = open_photo(upload.stream)
+    width, height = image.size
+    # The app scales photos to an area, and then rounds their sides.
+    if (width - 0.5) * (height - 0.5) > settings.maximum_area:
+        abort(412, f"The image has more than {settings.maximum_area} pixels: {SMALLER}")
+    # To a photo the black around it is nothing, but a thin strip grows several times.
+    bordered = (width + 2 * BORDER) * (height + 2 * BORDER)
+    needed = bordered * bytes_per_pixel(settings.face_model)
+    if (
+        bordered > 1.25 * max(settings.maximum_area, AREAS[0])
+        or needed > 1.25 * settings.memory
+        or (width > WIDEST_FOR_STOCK and not FAST_DLIB)
+    ):
+        abort(412, f"The image is too thin a strip: {SMALLER}")
+    faces = analyse(image, (0, 0, width, height), needed, detect_faces)
     return {
         "filename": os.path.basename(upload.filename),
         "faces-count": len(faces),
@@ -443,46 +562,59 @@ def detect():
 
 @service.post("/compute")
 def compute():
-    """Describe the face of the photo in ``file`` whose box is in ``face``, as JSON."""
+    """Describe the face of the photo in ``file`` whose box is in ``face``, as JSON.
+
+    The photo may be larger than for ``/detect``: only the face's surroundings count.
+    """
     upload = _posted_file()
     face, box = _posted_face()
-    (described,) = analyse(upload, lambda models, pixels, alone: [(box, None)])
+    image = open_photo(upload.stream)
+    region = left, top, right, bottom = surroundings(box, image.size)
+    needed = decoding_memory(image) + 5 * (right - left) * (bottom - top)
+    if image.width * image.height > LARGEST_ORIGINAL or needed > _settings().memory:
+        abort(412, f"The image takes {needed >> 20} MB, more than there are: {SMALLER}")
+    box = dlib.translate_rect(box, dlib.point(-left, -top))
+    (described,) = analyse(image, region, needed, lambda models, pixels: [(box, None)])
     face |= {name: described[name] for name in ("landmarks", "descriptor")}
     return {"filename": os.path.basename(upload.filename), "face": face}
 
 
-def analyse(upload, find):
-    """Describe the faces that ``find(models, pixels, alone)`` finds in an upload.
+def analyse(image, region, needed, find):
+    """Describe the faces that ``find(models, pixels)`` finds in a region of an image.
 
-    The photo waits as a file until a model set is free, then is decoded.
+    It waits for ``needed`` bytes of memory, is decoded, and waits for a model set.
     Returns a list of dicts, as the answer to ``/detect`` has them.
     """
-    maximum_area = _settings().maximum_area
-    image = open_photo(upload.stream, maximum_area)
     asked = time.monotonic()
-    with _free_model_set() as (models, alone):
-        started = time.monotonic()
-        if _client_is_gone():
-            abort(400, "The client hung up while it waited.")
-        pixels = decode(image, maximum_area)
-        found = find(models, pixels, alone)
-        described = describe_faces(models, pixels, [box for box, _ in found])
+    with _memory_for(needed):
+        began = time.monotonic()
+        pixels = decode(image, region)
+        image.close()
+        decoded = time.monotonic()
+        with _free_model_set() as models:
+            started = time.monotonic()
+            if _client_is_gone():
+                abort(400, "The client hung up while it waited.")
+            found = find(models, pixels)
+            described = describe_faces(models, pixels, [box for box, _ in found])
     log.info(
-        "%s: %d faces in %d x %d pixels, %.0f ms after %.0f ms of waiting",
+        "%s: %d faces in %d x %d pixels, %.0f ms after %.0f of decoding and %.0f of waiting",
         request.path,
         len(found),
         *image.size,
         1000 * (time.monotonic() - started),
-        1000 * (started - asked),
+        1000 * (decoded - began),
+        1000 * (began - asked + started - decoded),
     )
+    x, y, _, _ = region
     return [
         {
             "detection_confidence": confidence,
-            "left": box.left(),
-            "top": box.top(),
-            "right": box.right(),
-            "bottom": box.bottom(),
-            "landmarks": [{"x": point.x, "y": point.y} for point in landmarks],
+            "left": x + box.left(),
+            "top": y + box.top(),
+            "right": x + box.right(),
+            "bottom": y + box.bottom(),
+            "landmarks": [{"x": x + point.x, "y": y + point.y} for point in landmarks],
             "descriptor": descriptor,
         }
         for (box, confidence), (landmarks, descriptor) in zip(found, described)
@@ -490,19 +622,35 @@ def analyse(upload, find):
 
 
 @contextmanager
-def _free_model_set():
-    """Wait for a model set, and lend it with whether all others are free.
+def _memory_for(needed):
+    """Wait until so many bytes are free; in turn, so that large photos get theirs."""
+    memory, turn = current_app.config["MEMORY"], current_app.config["TURN"]
+    units = max(min(needed, _settings().memory) // UNIT, 1)
+    with turn:
+        for _ in range(units):
+            memory.acquire()
+    try:
+        yield
+    finally:
+        memory.release(units)
 
-    One that failed is replaced: an interrupted network crashes on the next photo.
+
+@contextmanager
+def _free_model_set():
+    """Wait for a model set, and lend it.
+
+    None takes the place of one that failed, as an interrupted network crashes on the
+    next photo: then it is loaded anew.
     """
     model_sets = current_app.config["MODEL_SETS"]
     models = model_sets.get()
     try:
-        yield models, model_sets.qsize() == _settings().photos_at_once - 1
+        models = models or load_model_set(_settings().face_model)
+        yield models
     except HTTPException:
         raise
-    except Exception:
-        models = load_model_set(_settings().face_model)
+    except BaseException:
+        models = None
         raise
     finally:
         model_sets.put(models)
@@ -513,15 +661,22 @@ def _settings():
 
 
 def _posted_file():
-    if "file" not in request.files:
+    with _refusals("The request is malformed or broke off: send it again, whole."):
+        files = request.files
+    if "file" in request.form:
+        abort(400, "The photo came as text: send the field file as a file.")
+    if "file" not in files:
         abort(400, "There is no photo: send it as a file, in the form's field file.")
-    return request.files["file"]
+    return files["file"]
 
 
 def _posted_face():
     """Return the field ``face`` as a dict, and as the ``dlib.rectangle`` that it is."""
     try:
-        face = json.loads(request.form["face"])
+        text = request.form["face"]
+        if text.count("[") + text.count("{") > 500:  # nested, that is too deep for JSON
+            raise ValueError
+        face = json.loads(text)
         json.dumps(face, allow_nan=False)
         sides = [face[side] for side in ("left", "top", "right", "bottom")]
         if not all(type(x) in (int, float) and abs(x) < 1 << 20 for x in sides):
@@ -529,7 +684,7 @@ def _posted_face():
         box = dlib.rectangle(*map(round, sides))
         if box.is_empty():
             raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         abort(
             400,
             "There is no face: send it as a JSON object in the form's field face, with "
@@ -539,15 +694,24 @@ def _posted_face():
 
 
 def _client_is_gone():
-    """Tell whether the client has closed the connection that waits for its answer."""
+    """Tell whether the client has closed the connection that waits for its answer.
+
+    One that has only finished sending looks the same, until something is sent to it.
+    """
     environ = request.environ
     client = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
     try:
-        return client and not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if not client or client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            return False
+        if environ["SERVER_PROTOCOL"] == "HTTP/1.1":  # 1.0 has no interim answers
+            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.05)
+            client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
         return True
+    return False
 
 
 @service.app_errorhandler(HTTPException)
@@ -556,7 +720,7 @@ def refuse(error):
 
     A connection that is closed before that loses its answer.
     """
-    with suppress(HTTPException):  # it is more than twice the limit, or ends too early
+    with suppress(Exception):  # it is more than twice the limit, or malformed
         request.max_content_length = 2 * _settings().maximum_body
         while request.stream.read(1 << 16):
             pass
@@ -569,9 +733,9 @@ def refuse(error):
 @service.app_errorhandler(Exception)
 def fail(error):
     """Answer what is wrong here: with 507 if memory or disk run out, else with 500."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
         what = f"There is too little memory: {LESS_MEMORY}"
-    elif isinstance(error, OSError):
+    elif getattr(error, "errno", None) in DISK_ERRORS:
         what = f"The photo can't be kept ({error.strerror}): make room in TMPDIR."
     else:
         log.exception("A fault of the service's own")
@@ -585,53 +749,83 @@ def about_dlib():
     cuda = "CUDA" if dlib.DLIB_USE_CUDA else "no CUDA"
     if not FAST_DLIB:
         return f"{dlib.__version__} as released, {cuda}: slow, make DLIB=patched setup"
-    import scipy_openblas32
-
-    kernel = scipy_openblas32.get_openblas_config().split()[-2]
-    speed = f"OpenBLAS for {kernel}, {os.environ['DLIB_NUM_THREADS']} threads"
-    return f"{dlib.__version__} patched, {speed}, {cuda}"
+    threads = os.environ.get("DLIB_NUM_THREADS", CORES)
+    return f"{dlib.__version__} patched, {threads} threads, {cuda}"
 
 
 def create_app(settings=None):
     """Load the models, and return the Flask application that answers for them."""
     settings = settings or read_settings()
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    Image.MAX_IMAGE_PIXELS = settings.maximum_area
+    Image.MAX_IMAGE_PIXELS = None  # each call has its own limit
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
-    model_sets = queue.LifoQueue()  # the last one used still has its memory
+    model_sets = queue.LifoQueue()  # the last one used is still in the CPU's cache
     for _ in range(settings.photos_at_once):
         model_sets.put(load_model_set(settings.face_model))
     app.config.update(
         SETTINGS=settings,
         MODEL_SETS=model_sets,
+        MEMORY=threading.Semaphore(max(settings.memory // UNIT, 1)),
+        TURN=threading.Lock(),
         MAX_CONTENT_LENGTH=settings.maximum_body,
     )
     app.register_blueprint(service)
     log.info(
-        "Version %s, model %d; dlib %s; %d photos at once, of up to %d pixels",
+        "Version %s, model %d; dlib %s; %d photos at once, of up to %d pixels, in %d MB",
         __version__,
         settings.face_model,
         about_dlib(),
         settings.photos_at_once,
         settings.maximum_area,
+        settings.memory >> 20,
     )
     return app
+
+
+# ------------------------------------------------------------------------------ server
+
+SILENCE = 60  # seconds that a client may send nothing, or take nothing
 
 
 def serve():
     """Serve with gunicorn until SIGTERM, then finish what is in work.
 
-    There is one process, so that the models are in memory once, and a thread for each
-    request: they wait for the models rather than be refused.
+    There is one worker process, so that the models are in memory once, and a thread for
+    each connection: they wait for the models rather than be refused.  SIGHUP replaces
+    the worker by one with the code, key and models that are there then.
     """
     from gunicorn.app.base import BaseApplication
     from gunicorn.workers.gthread import ThreadWorker
 
     settings = read_settings()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 1 << 16 if files == resource.RLIM_INFINITY else files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    connections = max(min(1024, (files - 100) // 2), 1)  # each may have a file, too
+
+    class Threads(ThreadPoolExecutor):
+        def _adjust_thread_count(self):
+            with suppress(RuntimeError):  # refused: those that there are will do it
+                super()._adjust_thread_count()
 
     class Worker(ThreadWorker):
+        def get_thread_pool(self):
+            return Threads(self.cfg.threads)
+
+        def init_signals(self):
+            super().init_signals()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it means the main process
+
+        def run(self):
+            silence = struct.pack("ll", SILENCE, 0)
+            for listener in self.sockets:  # connections inherit this
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, silence)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, silence)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                listener.setsockopt(socket.SOL_TCP, socket.TCP_KEEPIDLE, SILENCE)
+            super().run()
+
         def set_accept_enabled(self, enabled):
             """Told to stop, take what waits, then refuse: what is left would break."""
             super().set_accept_enabled(enabled)
@@ -641,36 +835,70 @@ def serve():
                     accepted = self.nr_conns
                     self.accept(listener)
                 listener.close()
+            if not self.alive:
+                self.sockets = []
+
+        def accept(self, listener):
+            try:
+                super().accept(listener)
+            except OSError as error:  # too many files are open, for one
+                log.error("No connection can be taken: %s", error.strerror)
+                time.sleep(0.1)
+
+        def handle(self, conn):
+            """Answer, and wait here, not in the accepting thread, for the client."""
+            conn.data_ready = True
+            keep = super().handle(conn)
+            if not keep:
+                conn.close(graceful=True)
+                conn.close = lambda graceful=False: None
+            return keep
 
     class Server(BaseApplication):
+        create = functools.partial(create_app, settings)
+
         def load_config(self):
             options = {
                 "bind": f"{host}:{settings.port}",
                 "worker_class": Worker,
-                "threads": 512,
-                "worker_connections": 1024,
+                "threads": connections,
+                "worker_connections": connections,
                 "timeout": 0,  # no photo is too slow
                 "graceful_timeout": 3600,
                 "keepalive": 0,  # one kept for the next photo may break under it
                 "control_socket_disable": True,
-                "post_fork": _tell_of_replacement,
             }
             for name, value in options.items():
                 self.cfg.set(name, value)
 
         def load(self):
-            return create_app(settings)
+            try:
+                return self.create()
+            except (MemoryError, RuntimeError) as error:
+                time.sleep(1)  # then gunicorn starts the next worker
+                sys.exit(f"The models can't be loaded ({error}): {LESS_MEMORY}")
 
+        def reload(self):
+            try:
+                module = runpy.run_path(__file__)
+                fresh = module["read_settings"]()
+                self.create = functools.partial(module["create_app"], fresh)
+            except SystemExit as error:
+                log.error("Going on with what was there before. %s", error)
+            except Exception:
+                log.exception("Going on with what was there before")
+            super().reload()
+
+    logging.getLogger("gunicorn.error").addFilter(_in_one_line)
     Server().run()
 
 
-def _tell_of_replacement(server, worker):
-    if worker.age > 1:
-        log.error(
-            "The server process died, and is replaced; photos it had in work are lost."
-            "  If memory ran out (SIGKILL): %s",
-            LESS_MEMORY,
-        )
+def _in_one_line(record):
+    """Have gunicorn log what a client did wrong without a traceback."""
+    if record.exc_info:
+        record.msg = f"{record.msg} {record.exc_info[1]!r}"
+        record.exc_info = None
+    return True
 
 
 def __getattr__(name):

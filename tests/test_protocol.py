@@ -154,7 +154,7 @@ def test_400_for_an_image_that_is_broken(service):
 def test_412_before_anything_is_decoded(service):
     """A black PNG of 100 million pixels is some 100 KB, and would be 300 MB."""
     refused(service.detect(encoded(Image.new("RGB", (10_000, 10_000)), "PNG")), 412)
-    refused(service.detect(encoded(Image.new("L", (3841, 2160)), "PNG")), 412)
+    refused(service.detect(encoded(Image.new("L", (3842, 2160)), "PNG")), 412)
     refused(service.detect(encoded(Image.new("1", (1, 8_000_000)), "PNG")), 412)
 
 
