@@ -31,6 +31,25 @@ help: ## say what there is
 serve: setup $(if $(API_KEY),,api.key) ## run the service, on 0.0.0.0:5000 if HOST and PORT say nothing else (the default)
 	@exec $(BIN)/python facerecognition-external-model.py
 
+install: setup $(if $(API_KEY),,api.key) ## as root: have systemd run the service from here, now and whenever the machine starts
+	@[ $$(id -u) = 0 ] || { echo "Only root can tell systemd: sudo make install"; exit 1; }
+	@$(MAKE) --no-print-directory units
+	systemctl daemon-reload
+	systemctl enable --now facerecognition.socket facerecognition.service
+
+uninstall: ## undo make install; the files here stay
+	-systemctl disable --now facerecognition.service facerecognition.socket
+	rm -f $(UNITS)/facerecognition.socket $(UNITS)/facerecognition.service
+	systemctl daemon-reload
+
+UNITS ?= /etc/systemd/system
+
+# The service runs as the user that owns this folder.
+units:
+	@sed 's|^ListenStream=.*|ListenStream=$(if $(HOST),$(HOST):)$(or $(PORT),5000)|' .systemd/facerecognition.socket > $(UNITS)/facerecognition.socket
+	@sed -e 's|/opt/facerecognition-external-model|$(CURDIR)|' -e "s|^User=.*|User=$$(stat -c %U .)|" \
+		-e 's|FACE_MODEL=1|FACE_MODEL=$(FACE_MODEL)|' .systemd/facerecognition.service > $(UNITS)/facerecognition.service
+
 setup: $(INSTALLED) download-models ## set up what is missing of the virtual environment and the models
 
 test: setup $(VENV)/installed-tests tests/photos ## run all tests
@@ -71,7 +90,7 @@ clean: ## delete all that make has made here, but for api.key
 	rm -rf $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache | xargs rm -rf
 
-.PHONY: help serve setup test soak bench convolutions audit memory try docker docker-test clean download-models
+.PHONY: help serve install uninstall units setup test soak bench convolutions audit memory try docker docker-test clean download-models
 
 
 # ---- The virtual environment, and dlib ----

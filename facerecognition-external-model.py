@@ -52,8 +52,8 @@ from typing import NamedTuple
 libc = ctypes.CDLL(None)
 with suppress(AttributeError):  # of another libc
     libc.mallopt(-8, 1)  # M_ARENA_MAX
-    libc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+    libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 import dlib
 import numpy as np
@@ -133,19 +133,20 @@ def _whole_number(name, default, largest=10**15):
 
 
 def _read_api_key():
-    key = os.environ.get("API_KEY", "").strip()
-    if not key:
-        key = _key_of_file(HERE / "api.key")
+    file = HERE / "api.key"
+    from_file = not os.environ.get("API_KEY", "").strip()
+    key = _key_in(file) if from_file else os.environ["API_KEY"].strip()
     if key in ("", EXAMPLE_KEY):
-        sys.exit(f"The API key is empty or the example. {MAKE_KEY}")
+        sys.exit(f"The API key (API_KEY or {file}) is empty or an example. {MAKE_KEY}")
+    if from_file and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning("Others on this machine can read %s: chmod 600 it.", file)
     return key
 
 
-def _key_of_file(file):
-    """Return the one line of the file that is neither empty nor a comment."""
+def _key_in(file):
+    """Return the file's one line that is neither empty nor a comment."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
-        mode = file.stat().st_mode
     except FileNotFoundError:
         sys.exit(
             f"There is no API key: set API_KEY, or put one into {file}. {MAKE_KEY}"
@@ -155,8 +156,6 @@ def _key_of_file(file):
     keys = [line for line in lines if line and not line.startswith("#")]
     if len(keys) > 1:
         sys.exit(f"{file} has {len(keys)} lines: leave only the key. {MAKE_KEY}")
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        log.warning("Others on this machine can read %s: chmod 600 it.", file)
     return "".join(keys)
 
 
@@ -347,11 +346,11 @@ def detect_faces(models, pixels):
 def surroundings(box, size):
     """Return the region (left, top, right, bottom) of an image that a face depends on.
 
-    It goes beyond the box by twice the box's size.  The points at which dlib's landmarks
-    look, and what is cut out around them, lie well within that.
+    It goes beyond the box by the box's size.  The points at which dlib's landmarks look,
+    and what is cut out around them, lie within 0.7 of that.
     """
     width, height = size
-    margin = 2 * max(box.width(), box.height())
+    margin = max(box.width(), box.height())
     left = min(max(box.left() - margin, 0), width - 1)
     top = min(max(box.top() - margin, 0), height - 1)
     right = max(min(box.right() + margin + 1, width), left + 1)
@@ -706,7 +705,7 @@ def _client_is_gone():
         if environ["SERVER_PROTOCOL"] == "HTTP/1.1":  # 1.0 has no interim answers
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             time.sleep(0.05)
-            client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
     except BlockingIOError:
         return False
     except OSError:

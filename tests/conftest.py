@@ -95,7 +95,7 @@ def free_port():
 
 
 @contextmanager
-def started(tmp, command=None, port=None, **settings):
+def started(tmp, command=None, port=None, inherit=False, **settings):
     """Start a service with these settings, its files and log below ``tmp``; stop it in the end."""
     port = port or free_port()
     temporary = tmp / "tmp"
@@ -116,6 +116,7 @@ def started(tmp, command=None, port=None, **settings):
             stdout=log,
             stderr=log,
             start_new_session=True,
+            close_fds=not inherit,
         )
     process.log = tmp / "log"
     service = Service(process, port)
@@ -219,3 +220,50 @@ def overlap(a, b):
     return common / (
         (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
     )
+
+
+def upload(content, key=KEY):
+    """The bytes of a request, to be sent by hand."""
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="secret-name.jpg"\r\n\r\n%b\r\n--b--\r\n'
+    form %= content
+    return (
+        b"POST /detect HTTP/1.1\r\nHost: x\r\nx-api-key: %b\r\nContent-Length: %d\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        % (key.encode(), len(form))
+    ) + form
+
+
+def connect(service):
+    return socket.create_connection(("127.0.0.1", service.port), timeout=60)
+
+
+@contextmanager
+def memory_limit(megabytes):
+    """Give the command that puts what follows into a control group with so much memory."""
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        group = Path(root, f"facerecognition-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(megabytes << 20))
+        except OSError:
+            continue
+        try:
+            yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+        finally:
+            group.rmdir()
+        return
+    pytest.skip("no control group for memory can be made here")
+
+
+def memory(pid, kind):
+    """Return the megabytes of a process: resident now (VmRSS) or at most (VmHWM)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1]) / 1024
+
+
+def peak_memory(pid):
+    return memory(pid, "VmHWM")

@@ -27,9 +27,10 @@ def measure(model, megapixels):
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     for _ in range(2):  # the second finds the network's memory in place
-        image = module.open_photo(photo, 10**9)
-        pixels = module.decode(image, 10**9)
-        found = module.detect_faces(models, pixels, True)
+        image = module.open_photo(photo)
+        pixels = module.decode(image, (0, 0, *image.size))
+        image.close()
+        found = module.detect_faces(models, pixels)
         module.describe_faces(models, pixels, [box for box, _ in found])
         photo.seek(0)
     peak = status("VmHWM")
