@@ -24,6 +24,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 INSTALLED := $(VENV)/installed-$(DLIB)
 
+# A key with a dollar sign is that key.
+ifdef API_KEY
+override API_KEY := $(value API_KEY)
+endif
+
+# After an upgrade of the system, the environment's Python is gone or looks elsewhere for its packages.
+ifneq ($(wildcard $(VENV)/installed-base),)
+ifneq ($(shell $(BIN)/python -c 'import gunicorn; print(1)' 2> /dev/null),1)
+$(info Python has changed since $(VENV) was made: making it anew)
+$(shell rm -f $(VENV)/pyvenv.cfg $(VENV)/installed-* vendor/wheels/patched -r)
+endif
+endif
+
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=patched|stock|prebuilt PYTHON="
@@ -139,8 +152,8 @@ DLIB_SOURCE := vendor/build/dlib-20.0.1
 
 $(DLIB_SOURCE): vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/pyvenv.cfg
 	@rm -rf $@ && mkdir -p $(@D)
-	@cd $(@D) && $(CURDIR)/$(PIP) download --no-deps --no-binary dlib dlib==20.0.1 && \
-		sha256sum --quiet -c $(CURDIR)/vendor/dlib.sha256 && tar xf $(@F).tar.gz && rm $(@F).tar.gz
+	@$(PIP) download --no-deps --no-binary dlib -d $(@D) dlib==20.0.1
+	@cd $(@D) && sha256sum --quiet -c ../dlib.sha256 && tar xf $(@F).tar.gz && rm $(@F).tar.gz
 	@patch -s -d $@ -p1 < vendor/dlib.patch && touch $@
 
 vendor/build/dlib: $(DLIB_SOURCE)

@@ -60,6 +60,7 @@ import numpy as np
 from flask import Blueprint, Flask, abort, current_app, request
 from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException
+from werkzeug.sansio.multipart import MultipartDecoder
 
 __version__ = "1.0.0"
 
@@ -271,7 +272,7 @@ BYTES_OF_A_SET = 40 << 20  # of models, for each photo at once
 
 def bytes_per_pixel(face_model):
     """Return what /detect takes at its peak, as ``make memory`` finds, and some."""
-    return 75 if face_model == 3 else 115 if FAST_DLIB else 1050
+    return 70 if face_model == 3 else 120 if FAST_DLIB else 1050
 
 
 class ModelSet(NamedTuple):
@@ -431,7 +432,7 @@ def open_photo(file):
 def decoding_memory(image):
     """Return about how many bytes decoding the image takes at its peak."""
     direct = image.format in ("BMP", "JPEG", "MPO", "PNG") and image.mode not in "IF"
-    pixel = 5 if direct and "progressive" not in image.info else 16
+    pixel = 4 if direct and "progressive" not in image.info else 16
     return image.width * image.height * pixel
 
 
@@ -490,6 +491,17 @@ def _refusals(what=BROKEN_IMAGE):
 # ----------------------------------------------------------------------------- service
 
 service = Blueprint("service", __name__)
+
+
+def _parse_headers(self, data, parse=MultipartDecoder._parse_headers):
+    """Have werkzeug take a file name that is in Latin-1 rather than UTF-8, too."""
+    try:
+        return parse(self, data)
+    except UnicodeDecodeError:
+        return parse(self, data.decode("latin-1").encode())
+
+
+MultipartDecoder._parse_headers = _parse_headers
 
 
 @service.before_request
@@ -569,7 +581,7 @@ def compute():
     face, box = _posted_face()
     image = open_photo(upload.stream)
     region = left, top, right, bottom = surroundings(box, image.size)
-    needed = decoding_memory(image) + 5 * (right - left) * (bottom - top)
+    needed = decoding_memory(image) + 4 * (right - left) * (bottom - top)
     if image.width * image.height > LARGEST_ORIGINAL or needed > _settings().memory:
         abort(412, f"The image takes {needed >> 20} MB, more than there are: {SMALLER}")
     box = dlib.translate_rect(box, dlib.point(-left, -top))
@@ -644,7 +656,7 @@ def _free_model_set():
     model_sets = current_app.config["MODEL_SETS"]
     models = model_sets.get()
     try:
-        models = models or load_model_set(_settings().face_model)
+        models = models or _reload_model_set()
         yield models
     except HTTPException:
         raise
@@ -653,6 +665,13 @@ def _free_model_set():
         raise
     finally:
         model_sets.put(models)
+
+
+def _reload_model_set():
+    try:
+        return load_model_set(_settings().face_model)
+    except RuntimeError as error:  # dlib's, for refused memory: the files are right
+        raise MemoryError from error
 
 
 def _settings():

