@@ -194,31 +194,32 @@ def photos_through(tmp, url, count, clients=4):
 def test_an_outage_of_half_a_minute_loses_nothing(tmp_path):
     port = free_port()
     with behind_caddy(tmp_path, [port]) as url:
+        photos = photos_through(tmp_path, url, 60)
         with started(tmp_path / "one", port=port):
-            stack = ExitStack()
-            stack.enter_context(photos_through(tmp_path, url, 60))
+            photos.__enter__()
             time.sleep(1)
         time.sleep(30 if os.environ.get("SOAK") else 6)
-        with started(tmp_path / "one", port=port), stack:
-            pass
+        with started(tmp_path / "one", port=port):
+            photos.__exit__(None, None, None)
 
 
 @needs_caddy
 def test_what_was_in_work_when_the_service_is_killed_is_sent_again(tmp_path):
     """The worker process, then the whole service, with photos in work."""
     port = free_port()
-    with behind_caddy(tmp_path, [port]) as url, ExitStack() as stack:
+    with behind_caddy(tmp_path, [port]) as url:
+        photos = photos_through(tmp_path, url, 80)
         with started(tmp_path / "one", port=port) as service:
-            stack.enter_context(photos_through(tmp_path, url, 80))
+            photos.__enter__()
             for _ in range(2):
                 time.sleep(1.5)
                 os.kill(service.worker(), signal.SIGKILL)
             time.sleep(1.5)
             os.killpg(service.process.pid, signal.SIGKILL)
             service.process.wait()
-        again = stack.enter_context(started(tmp_path / "one", port=port))
-        stack.pop_all().close()
-        assert "SIGKILL" in again.log()
+        with started(tmp_path / "one", port=port) as service:
+            photos.__exit__(None, None, None)
+            assert "SIGKILL" in service.log()
 
 
 @needs_caddy
