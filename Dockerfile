@@ -19,17 +19,17 @@ COPY vendor/dlib.* vendor/models.sha256 vendor/
 ARG MODELS="1 2 3 4"
 RUN for model in $MODELS; do make -s FACE_MODEL=$model download-models || exit 1; done && rm -rf vendor/build
 
-# A dlib that any CPU of this architecture runs; and for x86 a second one, for the CPUs since 2013,
-# with which HOG is twice as fast.  The system's loader takes the one that is right: Python's module
+# A dlib that any CPU of this architecture runs; and for x86 two more, for CPUs with AVX2 and with AVX-512,
+# which are twice as fast and more.  The system's loader takes the one that is right: Python's module
 # becomes an empty library that needs libdlib.so, which is looked for in glibc-hwcaps/, too.
-# (OpenBLAS has code for all of them, and chooses by itself.)
 RUN x86=$(uname -m | grep x86_64 || true); \
     make -s DLIB=patched CXXFLAGS="${x86:+-march=x86-64} -ffp-contract=off" .venv/installed-patched \
     && if [ "$x86" ]; then cd .venv/lib/python3*/site-packages && module=$(ls _dlib_pybind11*.so) \
-    && fast=dlib.libs/glibc-hwcaps/x86-64-v3 && mkdir -p $fast && mv $module dlib.libs/libdlib.so \
-    && rm -r /app/vendor/wheels && make -s -C /app CXXFLAGS="-march=x86-64-v3 -ffp-contract=off" vendor/wheels/patched \
-    && python3 -m zipfile -e /app/vendor/wheels/patched/*.whl /tmp/fast && mv /tmp/fast/$module $fast/libdlib.so \
-    && ln -s ../scipy_openblas32 dlib.libs/ && ln -s ../../../scipy_openblas32 $fast/ \
+    && mkdir dlib.libs && mv $module dlib.libs/libdlib.so \
+    && for level in x86-64-v3 x86-64-v4; do rm -r /app/vendor/wheels \
+    && make -s -C /app CXXFLAGS="-march=$level -ffp-contract=off" vendor/wheels/patched \
+    && python3 -m zipfile -e /app/vendor/wheels/patched/*.whl /tmp/$level && mkdir -p dlib.libs/glibc-hwcaps/$level \
+    && mv /tmp/$level/$module dlib.libs/glibc-hwcaps/$level/libdlib.so || exit 1; done \
     && g++ -shared -o $module -Wl,--no-as-needed -Ldlib.libs -l:libdlib.so -Wl,-rpath,'$ORIGIN/dlib.libs'; fi
 RUN .venv/bin/pip uninstall -qy pip && find .venv -name '*.so*' -type f -exec strip {} + \
     && find .venv \( -name tests -o -name f2py -o -name include -o -name '*.pyi' \) -prune -exec rm -r {} +

@@ -42,6 +42,7 @@ help: ## say what there is
 	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=patched|stock|prebuilt PYTHON="
 
 serve: setup $(if $(API_KEY),,api.key) ## run the service, on 0.0.0.0:5000 if HOST and PORT say nothing else (the default)
+	@echo "What Nextcloud needs to use it is in README.md, under \"Use from Nextcloud\"; Ctrl-C stops it"
 	@exec $(BIN)/python facerecognition-external-model.py
 
 install: setup $(if $(API_KEY),,api.key) ## as root: have systemd run the service from here, now and whenever the machine starts
@@ -70,12 +71,12 @@ test: setup $(VENV)/installed-tests tests/photos ## run all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pytest tests
 
-soak: setup $(VENV)/installed-tests tests/photos ## run the tests of reliability at length, some 15 minutes
-	SOAK=1 $(BIN)/pytest -rA tests/test_trust.py
+soak: setup $(VENV)/installed-tests tests/photos ## run the tests of reliability at length, some 30 minutes
+	SOAK=1 $(BIN)/pytest -rA tests/test_trust.py tests/test_hostile.py tests/test_proxy.py
 
-bench: setup $(VENV)/installed-tests tests/photos $(VENV)/stock ## compare with the stock dlib, some 15 minutes
+bench: setup $(VENV)/installed-tests tests/photos $(VENV)/stock $(VENV)/onnx ## compare with the stock dlib, some 15 minutes
 	@for model in 3 4; do $(MAKE) --no-print-directory FACE_MODEL=$$model download-models; done
-	@$(BIN)/python tests/bench.py $(VENV)/stock/bin/python
+	@$(BIN)/python tests/bench.py $(VENV)/stock/bin/python $(VENV)/onnx/bin/python
 
 convolutions: $(VENV)/installed-base ## check the patched dlib's convolutions against their definition
 	@$(MAKE) --no-print-directory $(DLIB_SOURCE)
@@ -171,6 +172,11 @@ $(VENV)/stock: | $(VENV)/pyvenv.cfg
 	@$(PYTHON) -m venv $@.part && CXXFLAGS= $@.part/bin/pip -q install --no-binary dlib dlib==20.0.1 flask numpy pillow
 	@rm -rf $@ && mv $@.part $@
 
+$(VENV)/onnx: | $(VENV)/pyvenv.cfg
+	@echo "Installing ONNX Runtime to compare with"
+	@$(PYTHON) -m venv $@.part && $@.part/bin/pip -q install onnx onnxruntime
+	@rm -rf $@ && mv $@.part $@
+
 $(VENV)/installed-tests: $(INSTALLED) tests/requirements.txt
 	@echo "Installing what the tests need"
 	@$(PIP) install -r tests/requirements.txt && touch $@
@@ -230,7 +236,7 @@ api.key:
 	@echo "  'facerecognition.external_model_url' => 'http://$$(hostname -I 2> /dev/null | cut -d' ' -f1 | grep . || echo THIS-MACHINE):$${PORT:-5000}',"
 	@echo "  'facerecognition.external_model_api_key' => '$$(cat $@)',"
 	@echo
-	@echo "Then, there: php occ face:setup -m 5"
+	@echo "Then, there: php occ face:setup -m 5, and what README.md says under \"Use from Nextcloud\""
 	@echo
 
 # Portraits of two presidents, in the public domain, and NASA's of Eileen Collins.

@@ -30,6 +30,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -87,7 +88,8 @@ class Settings(NamedTuple):
     maximum_area: int  # pixels of one photo
     maximum_body: int  # bytes of a request; for /compute eight times that
     photos_at_once: int
-    memory: int  # bytes for all photos together
+    memory: int  # bytes for all photos together: what is free, or the largest photo's
+    memory_in_all: int  # bytes that one photo may take at the most
 
 
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
@@ -107,7 +109,7 @@ def read_settings():
     # dlib reads this itself, at its first photo, and fails then if it is no number.
     threads = _whole_number("DLIB_NUM_THREADS", CORES, 1024)
     os.environ["DLIB_NUM_THREADS"] = str(threads)
-    maximum_area, photos_at_once, memory = _fit_memory(
+    maximum_area, photos_at_once, memory, memory_in_all = _fit_memory(
         face_model,
         _whole_number("MAXIMUM_AREA", None),
         _whole_number("PHOTOS_AT_ONCE", None),
@@ -121,6 +123,7 @@ def read_settings():
         maximum_body=_whole_number("MAXIMUM_BODY", 64 << 20),
         photos_at_once=photos_at_once,
         memory=memory,
+        memory_in_all=memory_in_all,
     )
 
 
@@ -161,7 +164,7 @@ def _key_in(file):
 
 
 def _fit_memory(face_model, maximum_area, photos_at_once):
-    """Return the largest area, how many photos at once, and the bytes for them all.
+    """Return the largest area, how many photos at once, and bytes: free, and in all.
 
     The area depends only on how much memory there is in all, in steps: the app stops
     when it is smaller after a restart than what its admin has set.
@@ -184,8 +187,8 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
     largest = maximum_area * pixel
     fitting = 1 + max(room - largest, 0) // BYTES_OF_A_SET
     at_once = photos_at_once or min(CORES, fitting)
-    sets = (at_once - 1) * BYTES_OF_A_SET
-    room = min(room, available - BYTES_AT_REST - BYTES_OF_A_SET) - sets
+    in_all = room - (at_once - 1) * BYTES_OF_A_SET
+    room = in_all - (total - available)
     if largest > room or (photos_at_once or 0) * largest > room:
         log.warning(
             "Memory holds %d photos of the largest area at once: further ones wait.  "
@@ -193,7 +196,7 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
             max(room // largest, 1),
             LESS_MEMORY,
         )
-    return maximum_area, at_once, max(room, largest)
+    return maximum_area, at_once, max(room, largest), max(in_all, largest)
 
 
 def _memory():
@@ -451,9 +454,8 @@ def decode(image, region):
             values *= 255 / max(values.max(), 1e-9)
             image = Image.fromarray(values.astype(np.uint8))
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-        rows = (1 << 20) // (
-            right - left
-        ) + 1  # at a time: less memory than all at once
+        # A band at a time, as converting all at once takes twice the memory.
+        rows = (1 << 20) // (right - left) + 1
         for y in range(top, bottom, rows):
             band = image.crop((left, y, right, min(y + rows, bottom)))
             pixels[y - top : y - top + rows] = _rgb(band)
@@ -499,9 +501,6 @@ def _parse_headers(self, data, parse=MultipartDecoder._parse_headers):
         return parse(self, data)
     except UnicodeDecodeError:
         return parse(self, data.decode("latin-1").encode())
-
-
-MultipartDecoder._parse_headers = _parse_headers
 
 
 @service.before_request
@@ -559,7 +558,7 @@ def detect():
     needed = bordered * bytes_per_pixel(settings.face_model)
     if (
         bordered > 1.25 * max(settings.maximum_area, AREAS[0])
-        or needed > 1.25 * settings.memory
+        or needed > 1.25 * settings.memory_in_all
         or (width > WIDEST_FOR_STOCK and not FAST_DLIB)
     ):
         abort(412, f"The image is too thin a strip: {SMALLER}")
@@ -582,8 +581,9 @@ def compute():
     image = open_photo(upload.stream)
     region = left, top, right, bottom = surroundings(box, image.size)
     needed = decoding_memory(image) + 4 * (right - left) * (bottom - top)
-    if image.width * image.height > LARGEST_ORIGINAL or needed > _settings().memory:
-        abort(412, f"The image takes {needed >> 20} MB, more than there are: {SMALLER}")
+    memory = _settings().memory_in_all
+    if image.width * image.height > LARGEST_ORIGINAL or needed > memory:
+        abort(412, f"The image takes {needed >> 20} MB, of {memory >> 20}: {SMALLER}")
     box = dlib.translate_rect(box, dlib.point(-left, -top))
     (described,) = analyse(image, region, needed, lambda models, pixels: [(box, None)])
     face |= {name: described[name] for name in ("landmarks", "descriptor")}
@@ -597,6 +597,8 @@ def analyse(image, region, needed, find):
     Returns a list of dicts, as the answer to ``/detect`` has them.
     """
     asked = time.monotonic()
+    if image.format == "AVIF":  # what is in it may be larger than it says: alone, then
+        needed = _settings().memory
     with _memory_for(needed):
         began = time.monotonic()
         pixels = decode(image, region)
@@ -775,6 +777,7 @@ def create_app(settings=None):
     """Load the models, and return the Flask application that answers for them."""
     settings = settings or read_settings()
     Image.MAX_IMAGE_PIXELS = None  # each call has its own limit
+    MultipartDecoder._parse_headers = _parse_headers
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
     model_sets = queue.LifoQueue()  # the last one used is still in the CPU's cache
@@ -828,6 +831,8 @@ def serve():
                 super()._adjust_thread_count()
 
     class Worker(ThreadWorker):
+        last_read = math.inf  # when it stops to wait for what clients send
+
         def get_thread_pool(self):
             return Threads(self.cfg.threads)
 
@@ -847,14 +852,16 @@ def serve():
         def set_accept_enabled(self, enabled):
             """Told to stop, take what waits, then refuse: what is left would break."""
             super().set_accept_enabled(enabled)
-            for listener in self.sockets if not self.alive else ():
+            if self.alive or not self.sockets:
+                return
+            for listener in self.sockets:
                 accepted = -1
                 while accepted != self.nr_conns:
                     accepted = self.nr_conns
                     self.accept(listener)
                 listener.close()
-            if not self.alive:
-                self.sockets = []
+            self.sockets = []
+            self.last_read = time.monotonic() + SILENCE
 
         def accept(self, listener):
             try:
@@ -866,11 +873,20 @@ def serve():
         def handle(self, conn):
             """Answer, and wait here, not in the accepting thread, for the client."""
             conn.data_ready = True
+            conn.init()
+            unreader = conn.parser.unreader
+            unreader.chunk = functools.partial(self.read, unreader.chunk)
             keep = super().handle(conn)
             if not keep:
                 conn.close(graceful=True)
                 conn.close = lambda graceful=False: None
             return keep
+
+        def read(self, chunk, *size):
+            """Read on, unless a stop has waited for that long enough."""
+            if time.monotonic() > self.last_read:
+                raise TimeoutError("The photo came too slowly for a stop to wait for")
+            return chunk(*size)
 
     class Server(BaseApplication):
         create = functools.partial(create_app, settings)

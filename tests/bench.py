@@ -1,7 +1,8 @@
 """make bench: this service beside tests/plain_service.py on the stock dlib, in one run.
 
-Both get the same photo in turn; figures are medians.  The first argument is the Python of a
-virtual environment with the stock dlib.
+Both get the same photo in turn; figures are medians.  The first two arguments are the Pythons of
+virtual environments: one with the stock dlib, and one with ONNX Runtime, which computes the bare
+convolutions of the CNN detector for comparison.
 """
 
 import os
@@ -17,12 +18,10 @@ from pathlib import Path
 from conftest import ROOT, box, distance, encoded, group, scaled, started
 
 # Megapixels, and how many photos each side gets of them.
-SIZES = {0.25: (5, 15), 1: (3, 15), 4: (1, 5), 8.29: (1, 3)}
-GFLOP_PER_MEGAPIXEL = 24
+SIZES = {0.31: (5, 15), 1: (3, 15), 4: (1, 5), 8.29: (1, 3)}
 
 DETECTORS = """
 import os, statistics, sys, time
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import dlib, numpy as np
 from PIL import Image
 
@@ -42,13 +41,41 @@ hog = dlib.get_frontal_face_detector()
 shapes = [dlib.shape_predictor(folder + "shape_predictor_5_face_landmarks.dat")(image, face.rect) for face in cnn(image, 0)]
 net = dlib.face_recognition_model_v1(folder + "dlib_face_recognition_resnet_model_v1.dat")
 chips = [dlib.get_face_chip(image, shape) for shape in shapes]
-a = np.ones((2048, 2048), np.float32)
 print(
     median(lambda: cnn(image, 0), 5),
     median(lambda: hog(image, 1), 5),
     median(lambda: net.compute_face_descriptor(chips), 5) / len(chips),
-    2 * 2048**3 / 1e9 / median(lambda: a @ a, 5),
+    1,
 )
+"""
+
+
+# The detector's seven convolutions, with random filters, on the tiled pyramid of 1000 x 1000 pixels.
+CONVOLUTIONS = """
+import os, statistics, time
+import numpy as np, onnx, onnxruntime
+from onnx import helper, numpy_helper
+
+nodes, filters, channels = [], [], 3
+for i, (count, size, stride) in enumerate([(16, 5, 2), (32, 5, 2), (32, 5, 2), (45, 5, 1), (45, 5, 1), (45, 5, 1), (1, 9, 1)]):
+    values = np.random.rand(count, channels, size, size).astype(np.float32) - 0.5
+    filters.append(numpy_helper.from_array(values / values.size, f"w{i}"))
+    pad = [size // 2 if stride == 1 else 0] * 4
+    nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"x{i + 1}"], strides=[stride] * 2, pads=pad))
+    channels = count
+value = lambda name, shape: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+graph = helper.make_graph(nodes, "detector", [value("x0", [1, 3, 3648, 1022])], [value("x7", None)], filters)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(os.environ["DLIB_NUM_THREADS"])
+session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+pyramid = np.random.rand(1, 3, 3648, 1022).astype(np.float32)
+taken = []
+for _ in range(6):
+    began = time.perf_counter()
+    session.run(None, {"x0": pyramid})
+    taken.append(time.perf_counter() - began)
+print(statistics.median(taken[1:]), 1, 1, 1)
 """
 
 
@@ -81,15 +108,21 @@ def same_faces(one, other):
     )
 
 
-def bench_detectors(stock_python, photo):
-    cores = len(os.sched_getaffinity(0))
+def bench_detectors(stock_python, onnx_python, photo):
+    cores = sorted({1, len(os.sched_getaffinity(0))})
     runs = [("stock", stock_python, 1)]
-    runs += [("ours", sys.executable, threads) for threads in sorted({1, cores})]
+    runs += [("ours", sys.executable, threads) for threads in cores]
+    runs += [("ONNX Runtime", onnx_python, threads) for threads in cores]
     results = {}
     for _ in range(3):  # in turn
         for name, python, threads in runs:
             said = subprocess.run(
-                [python, "-c", DETECTORS, photo],
+                [
+                    python,
+                    "-c",
+                    CONVOLUTIONS if python == onnx_python else DETECTORS,
+                    photo,
+                ],
                 cwd=ROOT,
                 env={**os.environ, "DLIB_NUM_THREADS": str(threads)},
                 capture_output=True,
@@ -102,18 +135,20 @@ def bench_detectors(stock_python, photo):
         run: [statistics.median(c) for c in zip(*all)] for run, all in results.items()
     }
     print(
-        "\nAt 1 megapixel, 9 faces | CNN, s | HOG, s | a descriptor, ms | CNN, GFLOP/s of the core's sgemm"
+        "\nAt 1 megapixel, 9 faces | CNN, s | bare convolutions by ONNX Runtime, s | HOG, s | a descriptor, ms"
     )
     print("---|---|---|---|---")
     stock = medians["stock", 1]
-    for (name, threads), (cnn, hog, descriptor, sgemm) in medians.items():
-        print(
-            f"{name}, {threads} thread{'s' * (threads > 1)}"
-            f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
-            f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
-            f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)"
-            f" | {GFLOP_PER_MEGAPIXEL / cnn / threads:.0f} of {sgemm:.0f}"
-        )
+    for (name, threads), (cnn, hog, descriptor, _) in medians.items():
+        if name != "ONNX Runtime":
+            print(
+                f"{name}, {threads} thread{'s' * (threads > 1)}"
+                f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
+                f" | {medians['ONNX Runtime', threads][0]:.3f}"
+                f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
+                f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)",
+                flush=True,
+            )
 
 
 def bench_services(stock_python, tmp, photos, models):
@@ -128,8 +163,8 @@ def bench_services(stock_python, tmp, photos, models):
                 started(tmp / f"stock{model}", plain, FACE_MODEL=model)
             )
             ours = stack.enter_context(started(tmp / f"ours{model}", FACE_MODEL=model))
-            timed(stock, photos[0.25])
-            timed(ours, photos[0.25])
+            timed(stock, photos[0.31])
+            timed(ours, photos[0.31])
             for megapixels, (stock_times, our_times) in SIZES.items():
                 pids = stock.process.pid, ours.worker()
                 for pid in pids:
@@ -182,8 +217,8 @@ def bench_waiting(tmp, photo):
 
 
 def main():
-    stock_python = sys.argv[1]
-    models = [int(model) for model in sys.argv[2:]] or [1, 3, 4]
+    stock_python, onnx_python = sys.argv[1:3]
+    models = [int(model) for model in sys.argv[3:]] or [1, 3, 4]
     picture = group()
     nine = picture.resize((picture.width, picture.height * 3))
     for row in range(3):
@@ -192,7 +227,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         (tmp / "photo.jpg").write_bytes(photos[1])
-        bench_detectors(stock_python, tmp / "photo.jpg")
+        bench_detectors(stock_python, onnx_python, tmp / "photo.jpg")
         bench_services(stock_python, tmp, photos, models)
         bench_waiting(tmp, photos[8.29])
 

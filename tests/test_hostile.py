@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -128,7 +128,7 @@ def test_memory_refused_at_random_places(tmp_path, model):
         alone = [service.detect(content)[1] for content in photos]
         worker, seen = service.worker(), []
         failing.touch()
-        until = time.monotonic() + (int(SOAK) if SOAK else 12)
+        until = time.monotonic() + (200 if SOAK else 12)
 
         def send(i):
             while time.monotonic() < until:
@@ -188,6 +188,36 @@ def test_sigterm_does_not_wait_for_a_silent_client(tmp_path):
         client.sendall(upload(SMALL)[:200])
         service.process.terminate()
         assert service.process.wait(10) == 0
+
+
+def test_sigterm_does_not_wait_for_a_trickling_client(tmp_path):
+    """Nor does a reload; what is whole by then is answered."""
+    command = with_constants(SILENCE=2)
+    with (
+        started(tmp_path, command) as service,
+        connect(service) as one,
+        connect(service) as other,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        one.sendall(b"GET /welcome HTTP/1.1\r\n")
+        other.sendall(upload(SMALL)[:200])
+
+        def trickle(client):
+            with suppress(OSError):
+                for _ in range(100):
+                    client.sendall(b"x")
+                    time.sleep(0.2)
+
+        for client in (one, other):
+            clients.submit(trickle, client)
+        answers = [
+            clients.submit(service.detect, encoded(scaled(picture("obama.jpg"), 8)))
+            for _ in range(2)
+        ]
+        time.sleep(0.5)
+        service.process.terminate()
+        assert service.process.wait(12) == 0
+        assert [answer.result()[0] for answer in answers] == [200] * 2
 
 
 def test_one_that_waits_for_its_answer_is_not_silent(tmp_path):
@@ -352,14 +382,28 @@ def test_a_jpeg_of_thousands_of_scans(service):
 
 def test_what_is_slow_to_decode_holds_no_model_set(tmp_path):
     """Decoding comes before: with one model set, others are answered meanwhile."""
-    slow = encoded(scaled(picture("obama.jpg"), 8), "AVIF", speed=6)
+    slow = progressive_bomb(2800, 90)
     with (
-        started(tmp_path, PHOTOS_AT_ONCE=1) as service,
-        ThreadPoolExecutor(8) as clients,
+        started(tmp_path, PHOTOS_AT_ONCE=1, FACE_MODEL=3) as service,
+        ThreadPoolExecutor(3) as clients,
     ):
-        waiting = [clients.submit(service.detect, slow) for _ in range(4)]
+        waiting = [clients.submit(service.detect, slow) for _ in range(3)]
         assert service.detect(SMALL)[0] == 200
-        assert [answer.result()[0] for answer in waiting] == [200] * 4
+        assert [answer.result()[0] for answer in waiting] == [200] * 3
+        lines = [line for line in service.log().splitlines() if "/detect: " in line]
+        assert "pixels" in lines[0] and "2800" not in lines[0]
+
+
+def test_an_avif_that_is_larger_than_it_says(service):
+    """It says 100 x 100, but holds 4000 x 4000: it is decoded alone, within what is free."""
+    content = encoded(Image.new("L", (4000, 4000)), "AVIF", speed=10)
+    lie = content.replace(
+        b"ispe\0\0\0\0" + struct.pack(">LL", 4000, 4000),
+        b"ispe\0\0\0\0" + struct.pack(">LL", 100, 100),
+    )
+    assert lie != content
+    status, megabytes, _ = costs(service, lie)
+    assert status in (200, 400) and megabytes < 200
 
 
 def test_a_client_that_has_finished_sending_is_answered(tmp_path):
@@ -447,7 +491,7 @@ def test_more_photos_at_once_than_memory_holds(monkeypatch, caplog):
 
 def test_an_app_with_settings_of_ones_own(monkeypatch):
     monkeypatch.delenv("DLIB_NUM_THREADS", raising=False)
-    settings = module.Settings(KEY, 3, "", 0, 8294400, 1 << 20, 1, 1 << 30)
+    settings = module.Settings(KEY, 3, "", 0, 8294400, 1 << 20, 1, 1 << 30, 1 << 30)
     client = module.create_app(settings).test_client()
     assert client.get("/welcome").json["model"] == 3
     file = {"file": (io.BytesIO(photo("obama.jpg")), "a.jpg")}

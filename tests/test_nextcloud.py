@@ -81,7 +81,7 @@ def test_the_area_depends_on_all_memory_not_on_what_is_free(monkeypatch, model):
         for available in (total, total // 2, 100):
             memory = (total << 20, available << 20)
             monkeypatch.setattr(module, "_memory", lambda memory=memory: memory)
-            area, at_once, _ = module._fit_memory(model, None, None)
+            area, at_once, *_ = module._fit_memory(model, None, None)
             assert areas.setdefault(total, area) == area and at_once >= 1
     assert min(areas[1000], areas[1024]) >= 4_320_000
     assert areas[2048] == areas[65536] == 3840 * 2160

@@ -59,7 +59,7 @@ def test_what_make_try_says_is_real(service, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("file", ["faces", "protocol", "proxy", "trust"])
+@pytest.mark.parametrize("file", ["hostile", "nextcloud", "protocol", "proxy", "trust"])
 def test_the_tests_that_are_named_are_there(file):
     """Each -k in the README, on its line or below it in a table, chooses some test."""
     chosen, last = [], None
@@ -92,8 +92,28 @@ def test_curls_output_is_real(service):
     assert overlap(box(one), box(other)) > 0.5  # with either detector
 
 
-def test_memory_is_as_written():
+def test_memory_is_as_written(monkeypatch):
     prose = " ".join(README.split())
-    for model, cells in {1: "215 bytes", 3: "105 (3)", 4: "290 (4)"}.items():
-        assert module.bytes_per_pixel(model) == int(cells.split()[0])
-        assert cells in prose
+    assert "120 bytes a pixel (70 with model 3)" in prose
+    assert [module.bytes_per_pixel(model) for model in (1, 2, 3, 4)] == [120] * 2 + [
+        70,
+        120,
+    ]
+    for area, megabytes in zip(module.AREAS, (1190, 735, 480, 280), strict=True):
+        assert str(area) in prose and f"{megabytes} MB" in prose
+        for given, fits in ((megabytes, True), (megabytes - 10, False)):
+            memory = (given << 20, given << 20)
+            monkeypatch.setattr(module, "_memory", lambda memory=memory: memory)
+            try:
+                assert (module._fit_memory(1, None, None)[0] >= area) == fits
+            except SystemExit:
+                assert not fits and area == module.AREAS[-1]
+
+
+def test_the_units_are_those_that_are_installed():
+    for kind in ("socket", "service"):
+        assert (ROOT / f".systemd/facerecognition.{kind}").read_text() in README
+
+
+def test_the_apps_link_has_its_anchor():
+    assert "\n## Run service\n" in README

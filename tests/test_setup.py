@@ -171,7 +171,7 @@ def test_a_new_key(copy):
     assert done.stdout.count(key) == 1
     assert "'facerecognition.external_model_url' => 'http://" in done.stdout
     assert f"'facerecognition.external_model_api_key' => '{key}'," in done.stdout
-    assert "occ face:setup -m 5" in done.stdout
+    assert "occ face:setup -m 5" in done.stdout and "README.md" in done.stdout
     make("api.key", cwd=copy)
     assert (copy / "api.key").read_text().strip() == key
 

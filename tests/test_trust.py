@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -368,10 +369,19 @@ def broken(content, chance):
 
 
 def test_broken_images_are_the_clients_errors(service):
-    """10,000 of them with SOAK=1, else 1,200: no 500, and the same process at the end."""
+    """10,000 of them with SOAK=1, else 1,200: no 500, and the same process at the end.
+
+    Half of them are above half a megabyte, and so read from a file rather than memory.
+    """
     count = 10_000 if os.environ.get("SOAK") else 1_200
     chance = random.Random(5)
     image = scaled(picture("obama.jpg"), 0.02)
+    noise = Image.merge("RGB", [Image.effect_noise((540, 400), 90) for _ in range(3)])
+    large = [encoded(noise, format) for format in ("PNG", "TIFF", "BMP")]
+    large.append(encoded(noise.resize((900, 700)), "JPEG", quality=100))
+    large.append(encoded(noise, "WEBP", lossless=True))
+    large.append(encoded(noise, "TIFF", compression="tiff_deflate"))
+    assert all(len(content) > 600_000 for content in large)
     whole = [
         encoded(image, format)
         for format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
@@ -387,7 +397,10 @@ def test_broken_images_are_the_clients_errors(service):
     ]
     process = service.worker()
     with ThreadPoolExecutor(4) as clients:
-        sent = [broken(chance.choice(whole), chance) for _ in range(count)]
+        sent = [
+            broken(chance.choice(chance.choice((whole, large))), chance)
+            for _ in range(count)
+        ]
         for content, (status, answer) in zip(sent, clients.map(service.detect, sent)):
             assert status in (200, 400, 412, 415), (
                 status,
@@ -403,6 +416,12 @@ def test_broken_requests_are_the_clients_errors(service):
     whole = upload(encoded(scaled(picture("obama.jpg"), 0.01)))
     for _ in range(count):
         head, body = whole.split(b"\r\n\r\n", 1)
+        if chance.random() < 0.4:
+            head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+            body = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+                *(100, body[:100]),
+                *(len(body) - 100, body[100:]),
+            )
         head, body = (
             broken(head, chance),
             body if chance.random() < 0.5 else broken(body, chance),

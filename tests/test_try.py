@@ -1,5 +1,6 @@
 """make try: what it says and draws."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,10 @@ import sys
 import pytest
 from conftest import KEY, ROOT, encoded, free_port, photo, picture
 from PIL import Image
+from test_nextcloud import AREAS, SIZES, as_the_app_scales
+
+os.environ.setdefault("API_KEY", KEY)
+scaling = importlib.import_module("try")
 
 
 def run(folder, *photos, port, key=KEY):
@@ -33,33 +38,48 @@ def test_who_is_who(service, folder):
     status, said = run(
         folder, "obama.jpg", "obama2.jpg", "biden.jpg", port=service.port
     )
-    assert status == 0 and len(said) == 9
-    assert said[0] == "obama.jpg: 1 face, drawn in obama.faces.jpg"
-    (face,) = service.detect(photo("obama.jpg"))[1]["faces"]
-    assert f"confidence {face['detection_confidence']:.2f}" in said[1]
-    assert f"at {face['left']}, {face['top']}" in said[1]
-    assert [line.split(", ")[-1] for line in said[6:]] == [
+    assert status == 0 and len(said) == 12
+    size = scaling.as_the_app_scales(picture("obama.jpg").size, 4_320_000)
+    assert said[:2] == [
+        f"obama.jpg goes upright, in {size[0]} x {size[1]} pixels",
+        "obama.jpg: 1 face, drawn in obama.faces.jpg",
+    ]
+    sent = encoded(picture("obama.jpg").resize(size), quality=95)
+    (face,) = service.detect(sent)[1]["faces"]
+    assert f"confidence {face['detection_confidence']:.2f}" in said[2]
+    assert f"at {face['left']}, {face['top']}" in said[2]
+    assert [line.split(", ")[-1] for line in said[9:]] == [
         "the same person",
         "different people",
         "different people",
     ]
     drawn = Image.open(folder / "obama.faces.jpg")
     red, green, blue = drawn.getpixel((face["right"], face["bottom"] - 20))
-    assert drawn.size == picture("obama.jpg").size
+    assert drawn.size == size
     assert green > 200 and red + blue < 100  # the box
 
 
-def test_a_phones_photo_goes_as_the_app_sends_it(service, folder):
+def test_it_scales_as_the_app_does():
+    """Up and down, to sides that are rounded each."""
+    for area in AREAS:
+        for size in SIZES:
+            expected = as_the_app_scales(*size, area)
+            assert scaling.as_the_app_scales(size, area) == expected
+    assert scaling.as_the_app_scales((4032, 3024), 8294400) == (3326, 2494)
+
+
+def test_a_phones_photo_goes_as_the_app_sends_it(service, folder, monkeypatch):
     """12 megapixels, and on its side."""
+    monkeypatch.setenv("AREA", "99999999")
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees, clockwise"
-    upright = picture("obama.jpg").resize((3000, 4000))
+    upright = picture("obama.jpg").resize((3024, 4032))
     lying = upright.transpose(Image.Transpose.ROTATE_90)
     (folder / "phone.jpg").write_bytes(encoded(lying, exif=exif))
     status, said = run(folder, "phone.jpg", port=service.port)
-    assert status == 0 and said[0] == "phone.jpg goes upright, in 2494 x 3325 pixels"
+    assert status == 0 and said[0] == "phone.jpg goes upright, in 2494 x 3326 pixels"
     assert said[1].startswith("phone.jpg: 1 face,")
-    assert Image.open(folder / "phone.faces.jpg").size == (2494, 3325)
+    assert Image.open(folder / "phone.faces.jpg").size == (2494, 3326)
 
 
 def test_a_service_is_started_if_there_is_none(folder):

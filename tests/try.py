@@ -4,7 +4,8 @@ Sends each to the service on this machine (HOST, PORT), which is started for it 
 and writes one.faces.jpg with boxes, landmarks and confidences.  Prints a line a face, and, of
 several photos, which faces are the same person's: those less than 0.6 apart.
 
-A photo goes as it is, unless Nextcloud's app would turn it upright or scale it down first.
+A photo goes as Nextcloud's app would send it: upright, and scaled, up or down, to the area that is
+set there (AREA, in pixels: 4,320,000, or what the service takes at the most).
 """
 
 import io
@@ -27,7 +28,7 @@ HOST = os.environ.get("HOST") or "127.0.0.1"
 URL = f"http://{'127.0.0.1' if HOST == '0.0.0.0' else HOST}:{os.environ.get('PORT') or 5000}"
 KEY = os.environ.get("API_KEY") or (ROOT / "api.key").read_text().strip()
 SAME_PERSON = 0.6
-ORIENTATION = 0x0112  # of EXIF
+AREA = int(os.environ.get("AREA") or 4_320_000)
 
 Image.MAX_IMAGE_PIXELS = None  # the photos are one's own
 
@@ -63,19 +64,19 @@ def running_service():
     sys.exit("The service did not start.")
 
 
-def prepared(photo, maximum_area):
-    """Return (file, image): the photo as it is, or as the app would make it."""
+def as_the_app_scales(size, area):
+    """Return the sides that the app gives a photo of this size, as its ImageProcessingTask does."""
+    factor = (area / (size[0] * size[1])) ** 0.5
+    return tuple(round(side * factor) for side in size)
+
+
+def prepared(photo, area):
+    """Return (file, image): the photo as the app would make it."""
     try:
-        image = Image.open(photo)
-        sideways = image.getexif().get(ORIENTATION, 1) != 1
-        factor = (maximum_area / (image.width * image.height)) ** 0.5
-        if not sideways and factor >= 1:
-            return photo.read_bytes(), image.convert("RGB")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
     except (OSError, SyntaxError) as error:
         sys.exit(f"{photo}: {error}")
-    if factor < 1:
-        image = image.resize([int(side * factor) for side in image.size])
+    image = image.resize(as_the_app_scales(image.size, area))
     print(f"{photo} goes upright, in {image.width} x {image.height} pixels")
     file = io.BytesIO()
     image.save(file, "JPEG", quality=95)
@@ -140,9 +141,9 @@ def main():
     found = {}
     service = running_service()
     try:
-        maximum_area = call("/open")["maximum_area"]
+        area = min(AREA, call("/open")["maximum_area"])
         for photo in photos:
-            file, image = prepared(photo, maximum_area)
+            file, image = prepared(photo, area)
             found[photo] = faces_in(file, photo.name)
             draw(image, found[photo])
             drawn = photo.with_suffix(".faces.jpg")
