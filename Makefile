@@ -27,6 +27,7 @@ INSTALLED := $(VENV)/installed-$(DLIB)
 # A key with a dollar sign is that key.
 ifdef API_KEY
 override API_KEY := $(value API_KEY)
+export API_KEY
 endif
 
 # After an upgrade of the system, the environment's Python is gone or looks elsewhere for its packages.
@@ -53,16 +54,16 @@ install: setup $(if $(API_KEY),,api.key) ## as root: have systemd run the servic
 
 uninstall: ## undo make install; the files here stay
 	-systemctl disable --now facerecognition.service facerecognition.socket
-	rm -f $(UNITS)/facerecognition.socket $(UNITS)/facerecognition.service
+	rm -f "$(UNITS)/facerecognition.socket" "$(UNITS)/facerecognition.service"
 	systemctl daemon-reload
 
 UNITS ?= /etc/systemd/system
 
 # The service runs as the user that owns this folder.
 units:
-	@sed 's|^ListenStream=.*|ListenStream=$(if $(HOST),$(HOST):)$(or $(PORT),5000)|' .systemd/facerecognition.socket > $(UNITS)/facerecognition.socket
+	@sed 's|^ListenStream=.*|ListenStream=$(if $(HOST),$(HOST):)$(or $(PORT),5000)|' .systemd/facerecognition.socket > "$(UNITS)/facerecognition.socket"
 	@sed -e 's|/opt/facerecognition-external-model|$(CURDIR)|' -e "s|^User=.*|User=$$(stat -c %U .)|" \
-		-e 's|FACE_MODEL=1|FACE_MODEL=$(FACE_MODEL)|' .systemd/facerecognition.service > $(UNITS)/facerecognition.service
+		-e 's|FACE_MODEL=1|FACE_MODEL=$(FACE_MODEL)|' .systemd/facerecognition.service > "$(UNITS)/facerecognition.service"
 
 setup: $(INSTALLED) download-models ## set up what is missing of the virtual environment and the models
 

@@ -495,8 +495,11 @@ def _refusals(what=BROKEN_IMAGE):
 service = Blueprint("service", __name__)
 
 
-def _parse_headers(self, data, parse=MultipartDecoder._parse_headers):
-    """Have werkzeug take a file name that is in Latin-1 rather than UTF-8, too."""
+def _parse_headers(self, data, parse=getattr(MultipartDecoder, "_parse_headers", None)):
+    """Have werkzeug take a file name that is in Latin-1 rather than UTF-8, too.
+
+    It is a method of its own: should it go, such names are refused, no more.
+    """
     try:
         return parse(self, data)
     except UnicodeDecodeError:

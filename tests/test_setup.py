@@ -176,6 +176,31 @@ def test_a_new_key(copy):
     assert (copy / "api.key").read_text().strip() == key
 
 
+def test_a_folder_with_spaces_and_a_key_with_a_dollar_sign(copy, tmp_path):
+    """make in such a folder sees its environment, writes its units, and hands on the key."""
+    place = tmp_path / "two words"
+    copy.rename(place)
+    (place / ".venv").symlink_to(sys.prefix)
+    done = make(f"UNITS={tmp_path}/two words", "units", cwd=place)
+    assert done.returncode == 0, done.stderr
+    unit = (place / "facerecognition.service").read_text()
+    assert f'ExecStart="{place}/.venv/bin/python"' in unit
+    (place / "Key.mk").write_text("include Makefile\nkey: ; @printenv API_KEY\n")
+    for key in ("a$b", "a$$b", "$(HOME)", "plain"):
+        done = make("-s", "-f", "Key.mk", f"API_KEY={key}", "key", cwd=place)
+        assert done.stdout.strip() == key, done.stderr
+
+
+def test_an_environment_whose_python_has_gone(copy):
+    """As after an upgrade of the system: it is made anew, without being asked to."""
+    (copy / ".venv/bin").mkdir(parents=True)
+    (copy / ".venv/bin/python").symlink_to("/nonexistent/python")
+    for name in ("pyvenv.cfg", "installed-base", "installed-patched"):
+        (copy / ".venv" / name).touch()
+    done = make("-n", ".venv/pyvenv.cfg", cwd=copy)
+    assert "Python has changed" in done.stdout and "-m venv --clear" in done.stdout
+
+
 def test_make_help():
     said = make("help").stdout
     for target in ("serve", "test", "download-models", "clean"):
