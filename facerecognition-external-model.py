@@ -495,15 +495,15 @@ def _refusals(what=BROKEN_IMAGE):
 service = Blueprint("service", __name__)
 
 
-def _parse_headers(self, data, parse=getattr(MultipartDecoder, "_parse_headers", None)):
-    """Have werkzeug take a file name that is in Latin-1 rather than UTF-8, too.
+strictly_parsed = getattr(MultipartDecoder, "_parse_headers", None)
 
-    It is a method of its own: should it go, such names are refused, no more.
-    """
+
+def _parse_headers(self, data):
+    """Have werkzeug take a file name in Latin-1, too, as long as it has this method."""
     try:
-        return parse(self, data)
+        return strictly_parsed(self, data)
     except UnicodeDecodeError:
-        return parse(self, data.decode("latin-1").encode())
+        return strictly_parsed(self, data.decode("latin-1").encode())
 
 
 @service.before_request
