@@ -140,7 +140,8 @@ $(VENV)/installed-prebuilt: $(VENV)/installed-base
 # The wheel of the patched dlib is also kept beside pip's own, for the next clone on this machine.
 # What it is built from and for makes its folder's name.
 vendor/wheels/patched: vendor/dlib.patch vendor/dlib.sha256 | $(VENV)/installed-base
-	@key=$$({ cat $^; $(BIN)/python -VV; $${CXX:-c++} $$CXXFLAGS -dumpfullversion -Q --help=target; } | sha256sum | cut -c1-16); \
+	@key=$$({ cat $^; $(BIN)/python -VV; echo $$CXXFLAGS; $${CXX:-c++} --version; \
+		$${CXX:-c++} $$CXXFLAGS -Q --help=target 2> /dev/null || true; } | sha256sum | cut -c1-16); \
 	kept=$$($(BIN)/pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model/$$key; \
 	mkdir -p $$(dirname $$kept) 2> /dev/null && [ -w $$(dirname $$kept) ] || kept=vendor/build/kept-$$key; \
 	if ! [ -e $$kept ]; then \

@@ -116,6 +116,18 @@ def test_health_under_load_and_sigterm():
         assert docker("inspect", "-f", "{{.State.ExitCode}}", service.name) == "0"
 
 
+def test_there_is_a_dlib_for_each_kind_of_cpu():
+    if os.uname().machine != "x86_64":
+        pytest.skip("only for x86_64")
+    command = (
+        "md5sum .venv/lib/python3*/site-packages/dlib.libs/{.,glibc-hwcaps/*}/*.so"
+    )
+    listed = docker(
+        "run", "--rm", "--entrypoint", "bash", "facerecognition", "-c", command
+    )
+    assert len({line.split()[0] for line in listed.splitlines()}) == 3
+
+
 @pytest.mark.skipif(
     not shutil.which("qemu-x86_64-static") or os.uname().machine != "x86_64",
     reason="needs qemu-user-static, on x86_64",

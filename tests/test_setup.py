@@ -1,6 +1,7 @@
 """Starting: what is wrong with the settings is said in one line, and what make sets up is set up once."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from conftest import KEY, ROOT, free_port, started
+
+MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 @pytest.fixture
@@ -189,6 +192,19 @@ def test_a_folder_with_spaces_and_a_key_with_a_dollar_sign(copy, tmp_path):
     for key in ("a$b", "a$$b", "$(HOME)", "plain"):
         done = make("-s", "-f", "Key.mk", f"API_KEY={key}", "key", cwd=place)
         assert done.stdout.strip() == key, done.stderr
+
+
+def test_a_kept_dlib_is_for_the_cpu_that_it_was_built_for():
+    """The name under which it is kept depends on the flags, and on what native means here."""
+    (recipe,) = re.findall(r"key=\$\$\((.*?)\); \\\n", MAKEFILE, re.DOTALL)
+    recipe = recipe.replace("$^", "/dev/null").replace("$(BIN)/", "").replace("$$", "$")
+    keys = {
+        subprocess.check_output(
+            ["bash", "-c", recipe], env={**os.environ, "CXXFLAGS": flags}
+        )
+        for flags in ("", "-O1", "-march=native")
+    }
+    assert len(keys) == 3
 
 
 def test_an_environment_whose_python_has_gone(copy):
