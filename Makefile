@@ -46,8 +46,9 @@ serve: setup $(if $(API_KEY),,api.key) ## run the service, on 0.0.0.0:5000 if HO
 	@echo "What Nextcloud needs to use it is in README.md, under \"Use from Nextcloud\"; Ctrl-C stops it"
 	@exec $(BIN)/python facerecognition-external-model.py
 
-install: setup $(if $(API_KEY),,api.key) ## as root: have systemd run the service from here, now and whenever the machine starts
+install: setup api.key ## as root: have systemd run the service from here, now and whenever the machine starts
 	@[ $$(id -u) = 0 ] || { echo "Only root can tell systemd: sudo make install"; exit 1; }
+	@chown --reference=. api.key
 	@$(MAKE) --no-print-directory units
 	systemctl daemon-reload
 	systemctl enable --now facerecognition.socket facerecognition.service
