@@ -64,6 +64,14 @@ def test_what_rounding_makes_of_an_area_is_taken(tmp_path, area):
                 assert service.detect(header(wider))[0] == 412, wider
 
 
+@pytest.mark.parametrize(
+    "size",
+    [(3840, 2160), (2160, 3840), (2880, 2880), (16384, 506), (126, 65500)],
+)
+def test_the_largest_photos_of_any_shape_are_taken(service, size):
+    assert service.detect(header(size))[0] == 400
+
+
 def test_a_photo_of_a_phone_at_the_largest_area(service):
     size = as_the_app_scales(4032, 3024, 3840 * 2160)
     assert size == (3326, 2494)
