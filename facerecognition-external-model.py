@@ -485,7 +485,7 @@ def _refusals(what=BROKEN_IMAGE):
     except (HTTPException, MemoryError):
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in DISK_ERRORS:
+        if getattr(error, "errno", None) in (errno.ENOMEM, *DISK_ERRORS):
             raise
         abort(400, what)
 

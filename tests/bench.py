@@ -15,7 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from conftest import ROOT, box, distance, encoded, group, scaled, started
+from conftest import (
+    ROOT,
+    box,
+    distance,
+    encoded,
+    forget_peak,
+    group,
+    peak_memory,
+    scaled,
+    started,
+)
 
 # Megapixels, and how many photos each side gets of them.
 SIZES = {0.31: (5, 15), 1: (3, 15), 4: (1, 5), 8.29: (1, 3)}
@@ -45,7 +55,6 @@ print(
     median(lambda: cnn(image, 0), 5),
     median(lambda: hog(image, 1), 5),
     median(lambda: net.compute_face_descriptor(chips), 5) / len(chips),
-    1,
 )
 """
 
@@ -75,21 +84,8 @@ for _ in range(6):
     began = time.perf_counter()
     session.run(None, {"x0": pyramid})
     taken.append(time.perf_counter() - began)
-print(statistics.median(taken[1:]), 1, 1, 1)
+print(statistics.median(taken[1:]))
 """
-
-
-def peak_memory(pid):
-    (line,) = (
-        line
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-def forget_peak(pid):
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def timed(service, content, clients=1, photos=1):
@@ -139,16 +135,17 @@ def bench_detectors(stock_python, onnx_python, photo):
     )
     print("---|---|---|---|---")
     stock = medians["stock", 1]
-    for (name, threads), (cnn, hog, descriptor, _) in medians.items():
-        if name != "ONNX Runtime":
-            print(
-                f"{name}, {threads} thread{'s' * (threads > 1)}"
-                f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
-                f" | {medians['ONNX Runtime', threads][0]:.3f}"
-                f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
-                f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)",
-                flush=True,
-            )
+    for name, _, threads in runs[: -len(cores)]:
+        cnn, hog, descriptor = medians[name, threads]
+        (bare,) = medians["ONNX Runtime", threads]
+        print(
+            f"{name}, {threads} thread{'s' * (threads > 1)}"
+            f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
+            f" | {bare:.3f}"
+            f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
+            f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)",
+            flush=True,
+        )
 
 
 def bench_services(stock_python, tmp, photos, models):
@@ -176,7 +173,7 @@ def bench_services(stock_python, tmp, photos, models):
                     for _ in range(our_times // stock_times):
                         seconds, answer = timed(ours, photos[megapixels])
                         our_taken.append(seconds)
-                memory = [peak_memory(pid) for pid in pids]
+                memory = [peak_memory(pid) * (1 << 20) / 1e9 for pid in pids]
                 rows = [
                     (1, statistics.median(stock_taken), statistics.median(our_taken))
                 ]

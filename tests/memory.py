@@ -7,25 +7,25 @@ import io
 import subprocess
 import sys
 
-from conftest import encoded, group, module, scaled
+from conftest import (
+    encoded,
+    forget_peak,
+    group,
+    memory,
+    module,
+    peak_memory,
+    scaled,
+)
 
 SIZES = (1, 4, 8.29)  # megapixels
-
-
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith(name)
-        )
 
 
 def measure(model, megapixels):
     """Print a line of the table, from a process of its own."""
     models = module.load_model_set(model)
-    rest = status("VmRSS")
+    rest = memory("self", "VmRSS")
     photo = io.BytesIO(encoded(scaled(group(), megapixels)))
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")
+    forget_peak("self")
     for _ in range(2):  # the second finds the network's memory in place
         image = module.open_photo(photo)
         pixels = module.decode(image, (0, 0, *image.size))
@@ -33,9 +33,9 @@ def measure(model, megapixels):
         found = module.detect_faces(models, pixels)
         module.describe_faces(models, pixels, [box for box, _ in found])
         photo.seek(0)
-    peak = status("VmHWM")
+    peak = peak_memory("self")
     print(
-        f"{model} | {megapixels} | {rest >> 20} MB | {peak >> 20} MB | {(peak - rest) / megapixels / 1e6:.0f}"
+        f"{model} | {megapixels} | {rest:.0f} MB | {peak:.0f} MB | {(peak - rest) * (1 << 20) / megapixels / 1e6:.0f}"
     )
 
 

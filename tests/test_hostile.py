@@ -22,6 +22,7 @@ from conftest import (
     connect,
     distance,
     encoded,
+    forget_peak,
     group,
     memory,
     module,
@@ -333,7 +334,7 @@ def test_a_tiff_with_offsets_beyond_its_end(service, megapixels):
 def costs(service, content):
     """Return the status, and the megabytes and seconds that it took at most."""
     worker = service.worker()
-    Path(f"/proc/{worker}/clear_refs").write_text("5")
+    forget_peak(worker)
     before, began = memory(worker, "VmRSS"), time.monotonic()
     status, _ = service.detect(content)
     return status, peak_memory(worker) - before, time.monotonic() - began

@@ -1,5 +1,6 @@
 """The pixels that dlib gets: Pillow's, equal to dlib's own, and what a person would expect."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -122,3 +123,9 @@ def test_a_region_is_cut_out_of_the_whole():
         image = module.open_photo(io.BytesIO(content))
         region = module.decode(image, (20, 10, 90, 101))
         assert np.array_equal(region, pixels(content)[10:101, 20:90])
+
+
+def test_memory_or_a_disk_that_fails_is_not_the_images_fault():
+    for number in (errno.ENOMEM, errno.ENOSPC, errno.EIO):
+        with pytest.raises(OSError), module._refusals():
+            raise OSError(number, "refused")
