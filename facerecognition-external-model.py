@@ -3,24 +3,25 @@
 The app's model 5 posts photos here, one a request, and gets back each face's box,
 landmarks and descriptor as JSON:
 
-    GET  /welcome   who is there; needs no key, but checks one that is sent
+    GET  /welcome   version, model and dlib; needs no key, but checks one that is sent
     GET  /health    "ok"; needs no key
-    GET  /open      the largest photo taken, and the preferred type
-    POST /detect    all faces of the photo in the form's field ``file``
-    POST /compute   the one face of ``file`` whose box is in the field ``face``
+    GET  /open      the largest area accepted, and the preferred type
+    POST /detect    all faces of the photo in the form field ``file``
+    POST /compute   the one face of ``file`` whose box is in the form field ``face``
 
-Settings come from the environment:
+Settings come from the environment (defaults in parentheses):
 
-    API_KEY         the key shared with Nextcloud; else the file api.key beside this one
-    FACE_MODEL      1 to 4, the app's number of the model                            (1)
-    HOST, PORT      where to listen                                      (0.0.0.0, 5000)
-    MAXIMUM_AREA    the most pixels of a photo       (3840 x 2160, or what memory holds)
-    MAXIMUM_BODY    the most bytes of a photo; for /compute eight times that    (64 MiB)
-    PHOTOS_AT_ONCE  how many are analysed at a time                       (one per core)
-    DLIB_NUM_THREADS  how many cores one photo may use, as dlib names it           (all)
+    API_KEY         the key shared with Nextcloud        (the content of ./api.key)
+    FACE_MODEL      the app's number of the model, 1 to 4                       (1)
+    HOST, PORT      the address to listen on              (all, IPv4 and IPv6; 5000)
+    MAXIMUM_AREA    the most pixels of a photo   (3840 x 2160, or what memory holds)
+    MAXIMUM_BODY    the most bytes of a photo; /compute accepts eight times (64 MiB)
+    PHOTOS_AT_ONCE  how many photos are analysed in parallel          (one per core)
+    DLIB_NUM_THREADS  how many cores dlib uses                                 (all)
+    LOG_LEVEL       debug, info (a line per photo), warning or error          (info)
 
-``python facerecognition-external-model.py`` serves it with gunicorn; ``flask run`` and
-other WSGI servers find ``create_app``, or ``app``.
+``python facerecognition-external-model.py`` runs it under gunicorn; ``flask run`` and
+other WSGI servers find ``create_app`` or ``app``.
 """
 
 import ctypes
@@ -45,13 +46,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-# One heap for all threads, as several take half as much again.  Images and tensors lie
-# outside of it, so that their memory goes back to the system; the rest is kept.
+# One malloc arena for all threads: an arena for each takes half as much memory again.
+# Images and tensors are mapped outside it, so that freeing them returns their memory.
 libc = ctypes.CDLL(None)
-with suppress(AttributeError):  # of another libc
+with suppress(AttributeError):  # not glibc
     libc.mallopt(-8, 1)  # M_ARENA_MAX
     libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
@@ -67,11 +69,7 @@ __version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
 
-logging.basicConfig(
-    stream=sys.stdout,
-    level=logging.INFO,
-    format="%(asctime)s %(levelname)s %(message)s",
-)
+logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("facerecognition")
 
 
@@ -79,19 +77,25 @@ log = logging.getLogger("facerecognition")
 
 
 class Settings(NamedTuple):
-    """What the environment and the machine decide; it does not change while we run."""
+    """Settings from the environment and the machine; constant while we run."""
 
     api_key: str
     face_model: int
     host: str
     port: int
+    log_level: str
     maximum_area: int  # pixels of one photo
     maximum_body: int  # bytes of a request; for /compute eight times that
     photos_at_once: int
-    memory: int  # bytes for all photos together: what is free, or the largest photo's
-    memory_in_all: int  # bytes that one photo may take at the most
+    memory: int  # bytes for all photos in flight, from what is free at the start
+    memory_in_all: int  # bytes for a single photo, from what there is in total
 
 
+BINDV6ONLY = Path("/proc/sys/net/ipv6/bindv6only")
+ANY_ADDRESS = (
+    "::" if BINDV6ONLY.exists() and "0" in BINDV6ONLY.read_text() else "0.0.0.0"
+)
+LOG_LEVELS = ("debug", "info", "warning", "error")
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
 MAKE_KEY = "openssl rand -base64 32 makes a good one."
 SMALLER = "scale it down."
@@ -99,14 +103,20 @@ LESS_MEMORY = "lower PHOTOS_AT_ONCE or MAXIMUM_AREA, or add memory."
 
 
 def read_settings():
-    """Return the ``Settings``, or exit with a line that says which is wrong."""
+    """Return the ``Settings``, or exit with one line that names the wrong setting."""
+    log_level = (os.environ.get("LOG_LEVEL") or "info").strip().lower()
+    if log_level not in LOG_LEVELS:
+        sys.exit(f"LOG_LEVEL is {log_level!r}, but can be {', '.join(LOG_LEVELS)}.")
+    log.setLevel(log_level.upper())
+    for name in {"GUNICORN_WORKERS", "REQ_TIMEOUT"} & os.environ.keys():
+        log.info("%s is not needed: all cores are used, and no photo times out.", name)
     face_model = _whole_number("FACE_MODEL", 1)
     if face_model not in MODELS:
         sys.exit(
             f"FACE_MODEL is {face_model}, but the models are 1, 2, 3 and 4: choose one."
         )
     check_model_files(face_model)
-    # dlib reads this itself, at its first photo, and fails then if it is no number.
+    # dlib reads it from the environment, at its first photo.
     threads = _whole_number("DLIB_NUM_THREADS", CORES, 1024)
     os.environ["DLIB_NUM_THREADS"] = str(threads)
     maximum_area, photos_at_once, memory, memory_in_all = _fit_memory(
@@ -117,8 +127,9 @@ def read_settings():
     return Settings(
         api_key=_read_api_key(),
         face_model=face_model,
-        host=os.environ.get("HOST") or "0.0.0.0",
+        host=os.environ.get("HOST") or ANY_ADDRESS,
         port=_whole_number("PORT", 5000, 65535),
+        log_level=log_level,
         maximum_area=maximum_area,
         maximum_body=_whole_number("MAXIMUM_BODY", 64 << 20),
         photos_at_once=photos_at_once,
@@ -148,7 +159,7 @@ def _read_api_key():
 
 
 def _key_in(file):
-    """Return the file's one line that is neither empty nor a comment."""
+    """Return the only line of a file that is neither empty nor a comment."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError:
@@ -164,10 +175,10 @@ def _key_in(file):
 
 
 def _fit_memory(face_model, maximum_area, photos_at_once):
-    """Return the largest area, how many photos at once, and bytes: free, and in all.
+    """Return maximum_area, photos_at_once, memory and memory_in_all.
 
-    The area depends only on how much memory there is in all, in steps: the app stops
-    when it is smaller after a restart than what its admin has set.
+    The area is a step of ``AREAS`` and depends on the total memory only, not on what is
+    free: the app's jobs stop if it is smaller after a restart than the admin's setting.
     """
     pixel = bytes_per_pixel(face_model)
     total, available = _memory()
@@ -176,12 +187,12 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
         areas = [area for area in AREAS if area * pixel <= room]
         if not areas:
             needed = (total - room + AREAS[-1] * pixel >> 20) + 1
-            sys.exit(f"There are {total >> 20} MB of memory, but it takes {needed}.")
+            sys.exit(f"{needed} MB of memory are needed, but there are {total >> 20}.")
         maximum_area = areas[0]
         if maximum_area < AREAS[0]:
             log.warning(
-                "Memory holds photos of up to %d pixels: with a larger area set, the "
-                "app stops.  Set it there to at most that, or add memory.",
+                "Memory is enough for photos of up to %d pixels.  Add memory, or set "
+                "the app's area to at most that: otherwise its jobs stop.",
                 maximum_area,
             )
     largest = maximum_area * pixel
@@ -191,7 +202,7 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
     room = in_all - (total - available)
     if largest > room or (photos_at_once or 0) * largest > room:
         log.warning(
-            "Memory holds %d photos of the largest area at once: further ones wait.  "
+            "Memory is enough for %d photos of the largest area at once; others wait.  "
             "If it runs out: %s",
             max(room // largest, 1),
             LESS_MEMORY,
@@ -200,13 +211,13 @@ def _fit_memory(face_model, maximum_area, photos_at_once):
 
 
 def _memory():
-    """Return the bytes of memory that there are for this process, and that are free."""
+    """Return the bytes of memory that this process can use, in total and now."""
     text = Path("/proc/meminfo").read_text()
     total, available = (
         1024 * int(re.search(rf"^{name}: *(\d+)", text, re.MULTILINE)[1])
         for name in ("MemTotal", "MemAvailable")
     )
-    for group in _control_groups("memory"):
+    for group in _cgroups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):  # no such limit
                 total = min(total, int((group / name).read_text()))
@@ -214,9 +225,9 @@ def _memory():
 
 
 def _count_cores():
-    """Return how many cores this process may use; of a CPU quota a part counts, too."""
+    """Return how many cores this process can use.  A CPU quota is rounded up."""
     cores = len(os.sched_getaffinity(0))
-    for group in _control_groups("cpu"):
+    for group in _cgroups("cpu"):
         for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
             with suppress(OSError, ValueError):  # no such limit
                 text = " ".join((group / name).read_text() for name in names)
@@ -225,10 +236,10 @@ def _count_cores():
     return cores
 
 
-def _control_groups(controller):
-    """Yield the folders of the control groups, version 1 or 2, that limit this process.
+def _cgroups(controller):
+    """Yield the folders of the cgroups (v1 or v2) that limit this process.
 
-    Those around its own limit it, too; and a container may see its own as their root.
+    These are its own and its parents.  A container may see its own as the root.
     """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -248,7 +259,7 @@ LANDMARKS_68 = "shape_predictor_68_face_landmarks.dat"
 DESCRIPTOR = "dlib_face_recognition_resnet_model_v1.dat"
 
 # The files of each model, in vendor/models/N.  HOG, the detector of model 3 and the
-# second opinion of model 4, is a part of dlib.
+# check of model 4, is part of dlib.
 MODELS = {
     1: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
     2: (DETECTOR, LANDMARKS_68, DESCRIPTOR),
@@ -256,30 +267,31 @@ MODELS = {
     4: (DETECTOR, LANDMARKS_5, DESCRIPTOR),
 }
 
-HOG_CONFIDENCE = 1.1  # it gives none of its own: this is what the app is told
+HOG_CONFIDENCE = 1.1  # told to the app, as HOG gives none
 SAME_FACE_OVERLAP = 0.35  # intersection over union
-UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not see
-SMALLEST_SIDE = 10  # pixels of an image; dlib's CNN crashes on less
-BORDER = 11  # pixels of black that the CNN surrounds an image with
+UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
+SMALLEST_SIDE = 10  # pixels; dlib's CNN crashes on narrower images
+BORDER = 11  # pixels of black that the CNN adds around an image
 
-FAST_DLIB = hasattr(dlib, "DLIB_FAST_FACES")  # whether vendor/dlib.patch is in it
-WIDEST_FOR_STOCK = 30000  # pixels; beyond 38,000 the stock dlib overwrites memory
+# The instruction set that vendor/dlib.patch is compiled for, or "" without the patch.
+FAST_DLIB = getattr(dlib, "DLIB_FAST_FACES", "")
+WIDEST_FOR_STOCK = 30000  # pixels; above 38,000 stock dlib writes out of bounds
 
-# Pixels of /detect's photos: of the app's largest, All-in-One's, Full HD, the app's least.
+# Steps of maximum_area: the app's largest, All-in-One's, Full HD, the app's smallest.
 AREAS = (3840 * 2160, 4_320_000, 1920 * 1080, 640 * 480)
-UNIT = 1 << 20  # bytes, in which memory is counted
-LARGEST_ORIGINAL = 200_000_000  # pixels of /compute's: more than any phone takes
-BYTES_AT_REST = 200 << 20  # of memory, with no photo in work
-BYTES_OF_A_SET = 40 << 20  # of models, for each photo at once
+UNIT = 1 << 20  # bytes; the semaphore for memory counts in it
+LARGEST_ORIGINAL = 200_000_000  # pixels of a photo for /compute
+BYTES_AT_REST = 200 << 20  # of memory, with no photo in flight
+BYTES_OF_A_SET = 40 << 20  # of a model set; there is one for each photo at once
 
 
 def bytes_per_pixel(face_model):
-    """Return what /detect takes at its peak, as ``make memory`` finds, and some."""
+    """Return the peak memory of /detect: what ``make memory`` says, and a margin."""
     return 70 if face_model == 3 else 120 if FAST_DLIB else 1050
 
 
 class ModelSet(NamedTuple):
-    """What an analysis needs of dlib: for one at a time, as networks change in use."""
+    """The dlib models for one photo at a time: running a network changes it."""
 
     cnn: "dlib.cnn_face_detection_model_v1 | None"
     hog: "dlib.fhog_object_detector | None"
@@ -288,7 +300,7 @@ class ModelSet(NamedTuple):
 
 
 def check_model_files(face_model):
-    """Exit with one line if a file of the model is not, to the bit, as released."""
+    """Exit with one line unless the model's files match vendor/models.sha256."""
     known = (HERE / "vendor" / "models.sha256").read_text().splitlines()
     fetch = f"make FACE_MODEL={face_model} download-models"
     for name in filter(None, MODELS[face_model]):
@@ -303,7 +315,7 @@ def check_model_files(face_model):
 
 
 def load_model_set(face_model):
-    """Load the networks of a model (1 to 4), in 0.2 s; all sets share its landmarks."""
+    """Load the ``ModelSet`` of a model (1 to 4), in 0.2 s.  All share its landmarks."""
     detector, landmarks, descriptor = (
         name and _model_file(face_model, name) for name in MODELS[face_model]
     )
@@ -314,7 +326,7 @@ def load_model_set(face_model):
         landmarks=_load_landmarks(landmarks),
         descriptor=dlib.face_recognition_model_v1(descriptor),
     )
-    # What dlib makes at the first photo, filters and threads, is there from the start.
+    # The first run allocates filters and threads: if that fails, it fails at the start.
     describe_faces(models, blank, [dlib.rectangle(20, 20, 60, 60)])
     detect_faces(models, blank)
     return models
@@ -322,7 +334,7 @@ def load_model_set(face_model):
 
 @functools.cache
 def _load_landmarks(file):
-    return dlib.shape_predictor(file)  # using it does not change it, unlike a network
+    return dlib.shape_predictor(file)  # unlike a network it can run in parallel
 
 
 def _model_file(face_model, name):
@@ -350,8 +362,8 @@ def detect_faces(models, pixels):
 def surroundings(box, size):
     """Return the region (left, top, right, bottom) of an image that a face depends on.
 
-    It goes beyond the box by the box's size.  The points at which dlib's landmarks look,
-    and what is cut out around them, lie within 0.7 of that.
+    It is the box, extended on each side by its size.  dlib's landmarks, and the face
+    chip cut out by them, reach 0.7 of that far.
     """
     width, height = size
     margin = max(box.width(), box.height())
@@ -363,7 +375,7 @@ def surroundings(box, size):
 
 
 def _seen(face, boxes):
-    """Tell whether one of the boxes overlaps the face enough to be the same."""
+    """Return whether one of the boxes is of the same face."""
     for box in boxes:
         common = face.intersect(box).area()
         if common >= SAME_FACE_OVERLAP * (face.area() + box.area() - common):
@@ -381,7 +393,7 @@ def describe_faces(models, pixels, boxes):
     if not boxes:
         return []
     shapes = [models.landmarks(pixels, box) for box in boxes]
-    # One by one: cut out together, they would change each other's descriptors by 0.03.
+    # One at a time: if cut out together, descriptors depend on the other faces (0.03).
     chips = [dlib.get_face_chip(pixels, shape, 150, 0.25) for shape in shapes]
     descriptors = models.descriptor.compute_face_descriptor(chips)
     return [
@@ -392,12 +404,12 @@ def describe_faces(models, pixels, boxes):
 
 # ------------------------------------------------------------------------------ images
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what photos come in
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
-LARGEST_TILE = 1 << 20  # pixels; a small image may have a larger tile
+LARGEST_TILE = 1 << 20  # pixels, of a TIFF that is smaller itself
 BROKEN_IMAGE = "The image is broken or cut short: send the whole file."
 START_OF_SCAN = b"\xff\xda"
-MOST_SCANS = 100  # of a JPEG; libjpeg writes ten, and each takes time
+MOST_SCANS = 100  # of a progressive JPEG; libjpeg writes ten, and each takes time
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.ENOENT, errno.EMFILE, errno.ENFILE),
@@ -407,8 +419,8 @@ DISK_ERRORS = (
 def open_photo(file):
     """Read an image file's header; return a ``PIL.Image`` that is not decoded yet.
 
-    Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is one that is
-    broken, and with 412 if decoding it takes more than an image of its size does.
+    Aborts with 415 if the file is none of ``FORMATS``, with 400 if it is broken, and
+    with 412 if decoding takes far more time or memory than its size suggests.
     """
     with _refusals():
         try:
@@ -423,7 +435,7 @@ def open_photo(file):
         if tags.get(TILE_WIDTH, 0) * tags.get(TILE_HEIGHT, 0) > max(
             image.width * image.height, LARGEST_TILE
         ):
-            abort(412, "The image's tiles are larger than itself: save it without.")
+            abort(412, "The TIFF's tiles are larger than it is: save it without tiles.")
         if image.format in ("JPEG", "MPO"):
             file.seek(0)
             parts = iter(functools.partial(file.read, 1 << 20), b"")
@@ -433,7 +445,7 @@ def open_photo(file):
 
 
 def decoding_memory(image):
-    """Return about how many bytes decoding the image takes at its peak."""
+    """Return the peak memory, in bytes, of decoding an image."""
     direct = image.format in ("BMP", "JPEG", "MPO", "PNG") and image.mode not in "IF"
     pixel = 4 if direct and "progressive" not in image.info else 16
     return image.width * image.height * pixel
@@ -442,19 +454,19 @@ def decoding_memory(image):
 def decode(image, region):
     """Return a region's pixels in RGB, as a uint8 array of shape (height, width, 3).
 
-    They are the file's, whatever its EXIF orientation.  ``region`` is left, top, right
-    and bottom, the latter two exclusive.  Aborts with 400 if the image is broken.
+    EXIF orientation is not applied.  ``region`` is left, top, right and bottom, the
+    last two exclusive.  Aborts with 400 if the image is broken.
     """
     left, top, right, bottom = region
     with _refusals():
         image.load()
-        if image.mode in ("I", "F"):  # their lightest pixel is taken for white
+        if image.mode in ("I", "F"):  # scaled from the darkest to the lightest pixel
             values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
             values -= values.min()
             values *= 255 / max(values.max(), 1e-9)
             image = Image.fromarray(values.astype(np.uint8))
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-        # A band at a time, as converting all at once takes twice the memory.
+        # In bands, because converting the whole image takes twice the memory.
         rows = (1 << 20) // (right - left) + 1
         for y in range(top, bottom, rows):
             band = image.crop((left, y, right, min(y + rows, bottom)))
@@ -465,8 +477,8 @@ def decode(image, region):
 def _rgb(image):
     """Return an image's pixels in RGB.
 
-    Transparent ones are blended onto black as dlib does it (``assign`` of an
-    ``rgb_alpha_pixel`` in its pixel.h); greys of 16 bits are scaled down to 8.
+    Transparent pixels are blended onto black like in dlib (``assign_pixel`` of an
+    ``rgb_alpha_pixel``, in its pixel.h).  16-bit grey becomes 8-bit.
     """
     if image.mode.startswith("I;16"):
         return (np.asarray(image) >> 8)[..., np.newaxis]
@@ -479,7 +491,7 @@ def _rgb(image):
 
 @contextmanager
 def _refusals(what=BROKEN_IMAGE):
-    """Turn what is raised by what a client sent, anything, into the client's error."""
+    """Turn any error in what a client sent into a 400."""
     try:
         yield
     except (HTTPException, MemoryError):
@@ -499,7 +511,7 @@ strictly_parsed = getattr(MultipartDecoder, "_parse_headers", None)
 
 
 def _parse_headers(self, data):
-    """Have werkzeug take a file name in Latin-1, too, as long as it has this method."""
+    """Accept file names in Latin-1, at which werkzeug fails, as well as in UTF-8."""
     try:
         return strictly_parsed(self, data)
     except UnicodeDecodeError:
@@ -513,7 +525,7 @@ def check_key():
     endpoint = request.endpoint.removeprefix("service.")
     if endpoint == "health" or (endpoint == "welcome" and sent is None):
         return
-    sent = (sent or "").encode("latin-1")  # the bytes that came, as WSGI has them
+    sent = (sent or "").encode("latin-1")  # how WSGI decodes the bytes of headers
     if not hmac.compare_digest(sent, os.fsencode(_settings().api_key)):
         abort(401, "The API key is missing or wrong: send it in the header x-api-key.")
     if endpoint == "compute":
@@ -522,7 +534,7 @@ def check_key():
 
 @service.get("/welcome")
 def welcome():
-    """Say who is there, and on what dlib; needs no key, but a wrong one is told."""
+    """Return the version, model and dlib in use.  Checks a key if one is sent."""
     return {
         "facerecognition-external-model": "welcome",
         "version": __version__,
@@ -533,13 +545,13 @@ def welcome():
 
 @service.get("/health")
 def health():
-    """Say that requests are answered."""
+    """Return "ok" while requests are answered."""
     return "ok", {"Content-Type": "text/plain"}
 
 
 @service.get("/open")
 def open_model():
-    """Say what photos to send: of what type, and of how many pixels at the most."""
+    """Return which photos to send: the preferred type and the largest area."""
     return {
         "preferred_mimetype": "image/jpeg",
         "maximum_area": _settings().maximum_area,
@@ -548,15 +560,15 @@ def open_model():
 
 @service.post("/detect")
 def detect():
-    """Find and describe all faces of the photo in the field ``file``."""
+    """Find and describe all faces of the photo in the field ``file``, as JSON."""
     upload = _posted_file()
     settings = _settings()
     image = open_photo(upload.stream)
     width, height = image.size
-    # The app scales photos to an area, and then rounds their sides.
+    # The app scales each photo to an area, then rounds its sides.
     if (width - 0.5) * (height - 0.5) > settings.maximum_area:
         abort(412, f"The image has more than {settings.maximum_area} pixels: {SMALLER}")
-    # To a photo the black around it is nothing, but a thin strip grows several times.
+    # The CNN's border is negligible for a photo, but makes a thin strip much larger.
     bordered = (width + 2 * BORDER) * (height + 2 * BORDER)
     needed = bordered * bytes_per_pixel(settings.face_model)
     if (
@@ -564,7 +576,7 @@ def detect():
         or needed > 1.25 * settings.memory_in_all
         or (width > WIDEST_FOR_STOCK and not FAST_DLIB)
     ):
-        abort(412, f"The image is too thin a strip: {SMALLER}")
+        abort(412, f"The image is too narrow for its length: {SMALLER}")
     faces = analyse(image, (0, 0, width, height), needed, detect_faces)
     return {
         "filename": os.path.basename(upload.filename),
@@ -577,7 +589,7 @@ def detect():
 def compute():
     """Describe the face of the photo in ``file`` whose box is in ``face``, as JSON.
 
-    The photo may be larger than for ``/detect``: only the face's surroundings count.
+    The photo can be larger than for ``/detect``, as only the face's surroundings count.
     """
     upload = _posted_file()
     face, box = _posted_face()
@@ -586,7 +598,9 @@ def compute():
     needed = decoding_memory(image) + 4 * (right - left) * (bottom - top)
     memory = _settings().memory_in_all
     if image.width * image.height > LARGEST_ORIGINAL or needed > memory:
-        abort(412, f"The image takes {needed >> 20} MB, of {memory >> 20}: {SMALLER}")
+        abort(
+            412, f"It takes {needed >> 20} MB to decode, of {memory >> 20}: {SMALLER}"
+        )
     box = dlib.translate_rect(box, dlib.point(-left, -top))
     (described,) = analyse(image, region, needed, lambda models, pixels: [(box, None)])
     face |= {name: described[name] for name in ("landmarks", "descriptor")}
@@ -596,31 +610,33 @@ def compute():
 def analyse(image, region, needed, find):
     """Describe the faces that ``find(models, pixels)`` finds in a region of an image.
 
-    It waits for ``needed`` bytes of memory, is decoded, and waits for a model set.
-    Returns a list of dicts, as the answer to ``/detect`` has them.
+    Waits for ``needed`` bytes of memory, decodes the image, and waits for a model set.
+    Returns a list of dicts, as in the answer to ``/detect``.
     """
-    asked = time.monotonic()
-    if image.format == "AVIF":  # what is in it may be larger than it says: alone, then
+    times = [time.monotonic()]
+    if image.format == "AVIF":  # it can be larger than its header says: decode it alone
         needed = _settings().memory
     with _memory_for(needed):
-        began = time.monotonic()
+        times.append(time.monotonic())
         pixels = decode(image, region)
         image.close()
-        decoded = time.monotonic()
+        times.append(time.monotonic())
         with _free_model_set() as models:
-            started = time.monotonic()
+            times.append(time.monotonic())
             if _client_is_gone():
                 abort(400, "The client hung up while it waited.")
             found = find(models, pixels)
+            times.append(time.monotonic())
             described = describe_faces(models, pixels, [box for box, _ in found])
+    times.append(time.monotonic())
+    waited, decoded, queued, detected, encoded = (
+        1000 * (end - start) for start, end in pairwise(times)
+    )
     log.info(
-        "%s: %d faces in %d x %d pixels, %.0f ms after %.0f of decoding and %.0f of waiting",
-        request.path,
-        len(found),
-        *image.size,
-        1000 * (time.monotonic() - started),
-        1000 * (decoded - began),
-        1000 * (began - asked + started - decoded),
+        "%s: %d faces in %d x %d pixels; ms: waited %.0f, decoded %.0f, detected %.0f, "
+        "encoded %.0f",
+        *(request.path, len(found), *image.size),
+        *(waited + queued, decoded, detected, encoded),
     )
     x, y, _, _ = region
     return [
@@ -639,7 +655,7 @@ def analyse(image, region, needed, find):
 
 @contextmanager
 def _memory_for(needed):
-    """Wait until so many bytes are free; in turn, so that large photos get theirs."""
+    """Reserve memory, first come, first served, so that large photos get theirs."""
     memory, turn = current_app.config["MEMORY"], current_app.config["TURN"]
     units = max(min(needed, _settings().memory) // UNIT, 1)
     with turn:
@@ -655,8 +671,8 @@ def _memory_for(needed):
 def _free_model_set():
     """Wait for a model set, and lend it.
 
-    None takes the place of one that failed, as an interrupted network crashes on the
-    next photo: then it is loaded anew.
+    A network that was interrupted crashes on the next photo.  So a set that fails is
+    replaced by None, and loaded again when it is needed.
     """
     model_sets = current_app.config["MODEL_SETS"]
     models = model_sets.get()
@@ -675,7 +691,7 @@ def _free_model_set():
 def _reload_model_set():
     try:
         return load_model_set(_settings().face_model)
-    except RuntimeError as error:  # dlib's, for refused memory: the files are right
+    except RuntimeError as error:  # dlib's: the files were checked, so memory ran out
         raise MemoryError from error
 
 
@@ -687,7 +703,7 @@ def _posted_file():
     with _refusals("The request is malformed or broke off: send it again, whole."):
         files = request.files
     if "file" in request.form:
-        abort(400, "The photo came as text: send the field file as a file.")
+        abort(400, "The field file is text: send the photo as a file.")
     if "file" not in files:
         abort(400, "There is no photo: send it as a file, in the form's field file.")
     return files["file"]
@@ -697,7 +713,7 @@ def _posted_face():
     """Return the field ``face`` as a dict, and as the ``dlib.rectangle`` that it is."""
     try:
         text = request.form["face"]
-        if text.count("[") + text.count("{") > 500:  # nested, that is too deep for JSON
+        if text.count("[") + text.count("{") > 500:  # could nest too deep for json
             raise ValueError
         face = json.loads(text)
         json.dumps(face, allow_nan=False)
@@ -717,9 +733,9 @@ def _posted_face():
 
 
 def _client_is_gone():
-    """Tell whether the client has closed the connection that waits for its answer.
+    """Return whether the client has closed its connection.
 
-    One that has only finished sending looks the same, until something is sent to it.
+    A client that only finished sending looks the same, until something is sent to it.
     """
     environ = request.environ
     client = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
@@ -739,11 +755,11 @@ def _client_is_gone():
 
 @service.app_errorhandler(HTTPException)
 def refuse(error):
-    """Answer what is wrong with a request as JSON, once its body is read.
+    """Answer a refused request with the reason, as JSON, after reading its body.
 
-    A connection that is closed before that loses its answer.
+    If the connection were closed before, the client would not get the answer.
     """
-    with suppress(Exception):  # it is more than twice the limit, or malformed
+    with suppress(Exception):  # more than twice the limit, or malformed
         request.max_content_length = 2 * _settings().maximum_body
         while request.stream.read(1 << 16):
             pass
@@ -755,35 +771,37 @@ def refuse(error):
 
 @service.app_errorhandler(Exception)
 def fail(error):
-    """Answer what is wrong here: with 507 if memory or disk run out, else with 500."""
+    """Answer an internal error: 507 if memory or disk are exhausted, otherwise 500."""
     if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
-        what = f"There is too little memory: {LESS_MEMORY}"
+        what = f"Memory is exhausted: {LESS_MEMORY}"
     elif getattr(error, "errno", None) in DISK_ERRORS:
-        what = f"The photo can't be kept ({error.strerror}): make room in TMPDIR."
+        what = f"The photo can't be stored ({error.strerror}): make room in TMPDIR."
     else:
-        log.exception("A fault of the service's own")
+        log.exception("Internal error")
         return {"error": "The service failed: its log says why."}, 500
     log.error(what)
     return {"error": what}, 507
 
 
 def about_dlib():
-    """Return a line about the dlib in use, and how fast that is."""
+    """Return a line about the dlib in use that tells how fast it is."""
     cuda = "CUDA" if dlib.DLIB_USE_CUDA else "no CUDA"
     if not FAST_DLIB:
-        return f"{dlib.__version__} as released, {cuda}: slow, make DLIB=patched setup"
+        return (
+            f"{dlib.__version__} unpatched, {cuda}: slow, run make DLIB=patched setup"
+        )
     threads = os.environ.get("DLIB_NUM_THREADS", CORES)
-    return f"{dlib.__version__} patched, {threads} threads, {cuda}"
+    return f"{dlib.__version__} patched, {FAST_DLIB}, {threads} threads, {cuda}"
 
 
 def create_app(settings=None):
-    """Load the models, and return the Flask application that answers for them."""
+    """Load the models, and return the Flask application."""
     settings = settings or read_settings()
-    Image.MAX_IMAGE_PIXELS = None  # each call has its own limit
+    Image.MAX_IMAGE_PIXELS = None  # each endpoint has its own limit
     MultipartDecoder._parse_headers = _parse_headers
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
-    model_sets = queue.LifoQueue()  # the last one used is still in the CPU's cache
+    model_sets = queue.LifoQueue()  # the set used last is still in the CPU's cache
     for _ in range(settings.photos_at_once):
         model_sets.put(load_model_set(settings.face_model))
     app.config.update(
@@ -795,7 +813,7 @@ def create_app(settings=None):
     )
     app.register_blueprint(service)
     log.info(
-        "Version %s, model %d; dlib %s; %d photos at once, of up to %d pixels, in %d MB",
+        "Version %s, model %d; dlib %s; %d photos at once, up to %d pixels, in %d MB",
         __version__,
         settings.face_model,
         about_dlib(),
@@ -808,15 +826,15 @@ def create_app(settings=None):
 
 # ------------------------------------------------------------------------------ server
 
-SILENCE = 60  # seconds that a client may send nothing, or take nothing
+SILENCE = 60  # seconds without sending or receiving, after which a client is dropped
 
 
 def serve():
-    """Serve with gunicorn until SIGTERM, then finish what is in work.
+    """Serve with gunicorn until SIGTERM, then finish the photos in flight.
 
-    There is one worker process, so that the models are in memory once, and a thread for
-    each connection: they wait for the models rather than be refused.  SIGHUP replaces
-    the worker by one with the code, key and models that are there then.
+    One worker process holds the models.  It has a thread for each connection, so that
+    clients wait for a model set instead of being refused.  SIGHUP starts a new worker
+    process with the current code, key and models, and stops the old one gracefully.
     """
     from gunicorn.app.base import BaseApplication
     from gunicorn.workers.gthread import ThreadWorker
@@ -826,22 +844,22 @@ def serve():
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 1 << 16 if files == resource.RLIM_INFINITY else files
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    connections = max(min(1024, (files - 100) // 2), 1)  # each may have a file, too
+    connections = max(min(1024, (files - 100) // 2), 1)  # a socket and a file for each
 
     class Threads(ThreadPoolExecutor):
         def _adjust_thread_count(self):
-            with suppress(RuntimeError):  # refused: those that there are will do it
+            with suppress(RuntimeError):  # no more threads: the existing ones go on
                 super()._adjust_thread_count()
 
     class Worker(ThreadWorker):
-        last_read = math.inf  # when it stops to wait for what clients send
+        last_read = math.inf  # when a stopping worker no longer waits for uploads
 
         def get_thread_pool(self):
             return Threads(self.cfg.threads)
 
         def init_signals(self):
             super().init_signals()
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it means the main process
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # meant for the main process
 
         def run(self):
             silence = struct.pack("ll", SILENCE, 0)
@@ -853,7 +871,7 @@ def serve():
             super().run()
 
         def set_accept_enabled(self, enabled):
-            """Told to stop, take what waits, then refuse: what is left would break."""
+            """When stopping, accept the backlog, as closing would reset it."""
             super().set_accept_enabled(enabled)
             if self.alive or not self.sockets:
                 return
@@ -869,12 +887,12 @@ def serve():
         def accept(self, listener):
             try:
                 super().accept(listener)
-            except OSError as error:  # too many files are open, for one
-                log.error("No connection can be taken: %s", error.strerror)
+            except OSError as error:  # such as too many open files
+                log.error("A connection can't be accepted: %s", error.strerror)
                 time.sleep(0.1)
 
         def handle(self, conn):
-            """Answer, and wait here, not in the accepting thread, for the client."""
+            """Answer; wait for slow clients here instead of in the accepting thread."""
             conn.data_ready = True
             conn.init()
             unreader = conn.parser.unreader
@@ -886,9 +904,9 @@ def serve():
             return keep
 
         def read(self, chunk, *size):
-            """Read on, unless a stop has waited for that long enough."""
+            """Read from the client, unless a stop has waited long enough for that."""
             if time.monotonic() > self.last_read:
-                raise TimeoutError("The photo came too slowly for a stop to wait for")
+                raise TimeoutError("The upload was too slow for a stop to wait for")
             return chunk(*size)
 
     class Server(BaseApplication):
@@ -900,10 +918,11 @@ def serve():
                 "worker_class": Worker,
                 "threads": connections,
                 "worker_connections": connections,
-                "timeout": 0,  # no photo is too slow
+                "timeout": 0,  # a photo may take any time
                 "graceful_timeout": 3600,
-                "keepalive": 0,  # one kept for the next photo may break under it
+                "keepalive": 0,  # a reused connection can close just as a photo is sent
                 "control_socket_disable": True,
+                "loglevel": settings.log_level,
             }
             for name, value in options.items():
                 self.cfg.set(name, value)
@@ -921,9 +940,9 @@ def serve():
                 fresh = module["read_settings"]()
                 self.create = functools.partial(module["create_app"], fresh)
             except SystemExit as error:
-                log.error("Going on with what was there before. %s", error)
+                log.error("Not reloaded: %s", error)
             except Exception:
-                log.exception("Going on with what was there before")
+                log.exception("Not reloaded")
             super().reload()
 
     logging.getLogger("gunicorn.error").addFilter(_in_one_line)
@@ -931,7 +950,7 @@ def serve():
 
 
 def _in_one_line(record):
-    """Have gunicorn log what a client did wrong without a traceback."""
+    """Have gunicorn log a client's errors without a traceback."""
     if record.exc_info:
         record.msg = f"{record.msg} {record.exc_info[1]!r}"
         record.exc_info = None
@@ -939,7 +958,7 @@ def _in_one_line(record):
 
 
 def __getattr__(name):
-    """Make ``app``, for WSGI servers that look for it, only when it is asked for."""
+    """Create ``app`` for WSGI servers that import it."""
     if name == "app":
         return create_app()
     raise AttributeError(name)
