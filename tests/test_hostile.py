@@ -1,4 +1,4 @@
-"""Nothing that is sent, held or taken away stops the service, or spoils another's answer."""
+"""Hostile clients, and resources that run out: neither stops the service, or affects other requests."""
 
 import hashlib
 import io
@@ -17,7 +17,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from conftest import (
+from PIL import Image
+from shared import (
     KEY,
     connect,
     distance,
@@ -33,14 +34,13 @@ from conftest import (
     started,
     upload,
 )
-from PIL import Image
 
 SOAK = os.environ.get("SOAK")
 SMALL = encoded(scaled(picture("obama.jpg"), 0.1))
 
 
 def with_constants(**constants):
-    """The command of a service that has other constants than it has otherwise."""
+    """The command of a service with some of the module's constants replaced."""
     code = "import importlib; m = importlib.import_module('facerecognition-external-model'); "
     code += "".join(f"m.{name} = {value!r}; " for name, value in constants.items())
     return [sys.executable, "-c", code + "m.serve()"]
@@ -56,14 +56,14 @@ def answered(client):
 
 @pytest.mark.parametrize("model", [1, 3, 4])
 def test_the_widest_photos_and_the_highest(tmp_path, model):
-    """Under the C library's check of its heap: stock dlib writes beyond a row's end."""
+    """Under glibc's malloc checks: stock dlib writes past the end of such rows."""
     settings = {"FACE_MODEL": model, "GLIBC_TUNABLES": "glibc.malloc.check=3"}
     preload = next(Path("/lib").glob("*/libc_malloc_debug.so.0"), None)
     if preload:
         settings["LD_PRELOAD"] = preload
     with started(tmp_path, **settings) as service:
         worker = service.worker()
-        for size in ((65500, 126), (62500, 130), (45000, 180))[: 3 if SOAK else 2]:
+        for size in ((65500, 126), (62500, 130), (45000, 180))[: 3 if SOAK else 1]:
             wide = Image.effect_noise(size, 80)
             wide.paste(picture("obama.jpg").resize((size[1], size[1])), (9000, 0))
             for image in (wide, wide.rotate(90, expand=True)):
@@ -112,7 +112,7 @@ int posix_memalign(void** memory, size_t alignment, size_t size)
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler is installed")
 @pytest.mark.parametrize("model", [1, 3, 4])
 def test_memory_refused_at_random_places(tmp_path, model):
-    """Of two photos at once, each gets its own answer, or an error; for 200 s with SOAK=1."""
+    """Of two photos at once, each gets its own answer, or an error: with SOAK=1 for 200 s."""
     (tmp_path / "fail.c").write_text(FAILING_MEMORY)
     library = tmp_path / "fail.so"
     subprocess.run(
@@ -129,10 +129,14 @@ def test_memory_refused_at_random_places(tmp_path, model):
         alone = [service.detect(content)[1] for content in photos]
         worker, seen = service.worker(), []
         failing.touch()
-        until = time.monotonic() + (200 if SOAK else 12)
+        began = time.monotonic()
+
+        def enough():
+            several = seen.count(507) > 5 and seen.count(200) > 5
+            return time.monotonic() - began > (200 if SOAK else 2 if several else 60)
 
         def send(i):
-            while time.monotonic() < until:
+            while not enough():
                 status, answer = service.detect(photos[i])
                 seen.append(status)
                 if status == 200:
@@ -153,8 +157,8 @@ def test_memory_refused_at_random_places(tmp_path, model):
 # ---------------------------------------------------------------------- connections
 
 
-def test_600_silent_clients_keep_nobody_waiting(tmp_path):
-    """With half a header, or headers and no body; after their time they are gone."""
+def test_600_silent_clients_delay_nobody(tmp_path):
+    """With half a header, or with headers and no body.  They are disconnected in the end."""
     one = encoded(scaled(picture("obama.jpg"), 1))
 
     def seconds(service):
@@ -165,7 +169,7 @@ def test_600_silent_clients_keep_nobody_waiting(tmp_path):
             taken.append(time.monotonic() - began)
         return sorted(taken)[2]
 
-    command = with_constants(SILENCE=60 if SOAK else 8)
+    command = with_constants(SILENCE=60 if SOAK else 4)
     with started(tmp_path, command) as service, ExitStack() as stack:
         seconds(service)
         alone = seconds(service)
@@ -192,7 +196,7 @@ def test_sigterm_does_not_wait_for_a_silent_client(tmp_path):
 
 
 def test_sigterm_does_not_wait_for_a_trickling_client(tmp_path):
-    """Nor does a reload; what is whole by then is answered."""
+    """Nor does a reload.  Complete requests are answered."""
     command = with_constants(SILENCE=2)
     with (
         started(tmp_path, command) as service,
@@ -221,16 +225,16 @@ def test_sigterm_does_not_wait_for_a_trickling_client(tmp_path):
         assert [answer.result()[0] for answer in answers] == [200] * 2
 
 
-def test_one_that_waits_for_its_answer_is_not_silent(tmp_path):
-    large = encoded(scaled(picture("obama.jpg"), 8))
+def test_a_client_waiting_for_its_answer_is_not_silent(tmp_path):
+    large = encoded(scaled(picture("obama.jpg"), 4))
     command = with_constants(SILENCE=1)
     with started(tmp_path, command, PHOTOS_AT_ONCE=1, DLIB_NUM_THREADS=1) as service:
         with ThreadPoolExecutor(5) as clients:
-            answers = list(clients.map(service.detect, [large] * 5))
-        assert [status for status, _ in answers] == [200] * 5
+            answers = list(clients.map(service.detect, [large] * 4))
+        assert [status for status, _ in answers] == [200] * 4
 
 
-def test_answers_that_are_not_closed_hold_up_nobody(service):
+def test_unclosed_connections_delay_nobody(service):
     with ExitStack() as stack:
         for _ in range(10):
             client = stack.enter_context(connect(service))
@@ -260,8 +264,8 @@ def test_more_connections_than_files_may_be_open(tmp_path):
         assert service.worker() == worker
 
 
-def test_threads_that_are_refused(tmp_path):
-    """A control group's pids.max, as docker --pids-limit sets it: requests wait."""
+def test_a_limit_on_threads(tmp_path):
+    """A cgroup's pids.max, which docker --pids-limit sets: requests wait."""
     for root in ("/sys/fs/cgroup/pids", "/sys/fs/cgroup"):
         limited = Path(root, f"facerecognition-{os.getpid()}")
         try:
@@ -318,7 +322,7 @@ def test_a_face_that_is_nested_deeply(service, depth):
 
 
 @pytest.mark.parametrize("megapixels", [0.05, 1])
-def test_a_tiff_with_offsets_beyond_its_end(service, megapixels):
+def test_a_tiff_with_offsets_past_its_end(service, megapixels):
     whole = encoded(scaled(picture("obama.jpg"), megapixels), "TIFF")
     image = Image.open(io.BytesIO(whole))
     (offset,) = image.tag_v2[273][:1]
@@ -381,8 +385,8 @@ def test_a_jpeg_of_thousands_of_scans(service):
     assert service.detect(progressive_bomb(2800, 20))[0] == 200
 
 
-def test_what_is_slow_to_decode_holds_no_model_set(tmp_path):
-    """Decoding comes before: with one model set, others are answered meanwhile."""
+def test_slow_decoding_holds_no_model_set(tmp_path):
+    """Photos are decoded before they take a model set, so that others can use it."""
     slow = progressive_bomb(2800, 90)
     with (
         started(tmp_path, PHOTOS_AT_ONCE=1, FACE_MODEL=3) as service,
@@ -395,7 +399,7 @@ def test_what_is_slow_to_decode_holds_no_model_set(tmp_path):
         assert "pixels" in lines[0] and "2800" not in lines[0]
 
 
-def test_an_avif_that_is_larger_than_it_says(service):
+def test_an_avif_larger_than_its_header_says(service):
     """It says 100 x 100, but holds 4000 x 4000: it is decoded alone, within what is free."""
     content = encoded(Image.new("L", (4000, 4000)), "AVIF", speed=10)
     lie = content.replace(
@@ -408,7 +412,7 @@ def test_an_avif_that_is_larger_than_it_says(service):
 
 
 def test_a_client_that_has_finished_sending_is_answered(tmp_path):
-    """It half-closes its side, at once, and while it waits for others."""
+    """It shuts down its sending side, at once or while it waits for others."""
     with (
         started(tmp_path, PHOTOS_AT_ONCE=1) as service,
         connect(service) as first,
@@ -454,7 +458,7 @@ def test_a_file_sent_as_a_plain_field(service):
         (b"\xff\xfe\xfd", None),
     ],
 )
-def test_the_key_files_that_people_write(tmp_path, content, key):
+def test_variants_of_key_files(tmp_path, content, key):
     (tmp_path / "api.key").write_bytes(content)
     if key:
         assert module._key_in(tmp_path / "api.key") == key
@@ -477,7 +481,7 @@ def test_the_key_files_that_people_write(tmp_path, content, key):
 def test_a_cpu_quota_counts_as_cores(tmp_path, monkeypatch, files, cores):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(module, "_control_groups", lambda controller: [tmp_path])
+    monkeypatch.setattr(module, "_cgroups", lambda controller: [tmp_path])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     assert module._count_cores() == cores
 
@@ -487,12 +491,14 @@ def test_more_photos_at_once_than_memory_holds(monkeypatch, caplog):
     module._fit_memory(1, None, 2)
     assert not caplog.text
     module._fit_memory(1, None, 8)
-    assert "Memory holds 3 photos" in caplog.text
+    assert "Memory is enough for 3 photos" in caplog.text
 
 
-def test_an_app_with_settings_of_ones_own(monkeypatch):
+def test_create_app_with_other_settings(monkeypatch):
     monkeypatch.delenv("DLIB_NUM_THREADS", raising=False)
-    settings = module.Settings(KEY, 3, "", 0, 8294400, 1 << 20, 1, 1 << 30, 1 << 30)
+    settings = module.Settings(
+        KEY, 3, "", 0, "info", 8294400, 1 << 20, 1, 1 << 30, 1 << 30
+    )
     client = module.create_app(settings).test_client()
     assert client.get("/welcome").json["model"] == 3
     file = {"file": (io.BytesIO(photo("obama.jpg")), "a.jpg")}

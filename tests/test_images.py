@@ -1,4 +1,4 @@
-"""The pixels that dlib gets: Pillow's, equal to dlib's own, and what a person would expect."""
+"""Decoding: Pillow's pixels equal dlib's, in all formats and modes."""
 
 import errno
 import io
@@ -7,8 +7,8 @@ from pathlib import Path
 import dlib
 import numpy as np
 import pytest
-from conftest import PHOTOS, encoded, module, picture, scaled
 from PIL import Image
+from shared import PHOTOS, encoded, module, picture, scaled
 
 
 def pixels(content):
@@ -125,7 +125,7 @@ def test_a_region_is_cut_out_of_the_whole():
         assert np.array_equal(region, pixels(content)[10:101, 20:90])
 
 
-def test_memory_or_a_disk_that_fails_is_not_the_images_fault():
+def test_failing_memory_or_disk_is_no_client_error():
     for number in (errno.ENOMEM, errno.ENOSPC, errno.EIO):
         with pytest.raises(OSError), module._refusals():
             raise OSError(number, "refused")

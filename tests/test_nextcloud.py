@@ -1,4 +1,4 @@
-"""What Nextcloud's app sends, and never sends twice."""
+"""What Nextcloud's app sends: sizes, originals, and requests during restarts."""
 
 import io
 import json
@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from conftest import (
+from PIL import Image
+from shared import (
     KEY,
     ROOT,
+    App,
     distance,
     encoded,
     free_port,
@@ -29,7 +31,6 @@ from conftest import (
     started,
     upload,
 )
-from PIL import Image
 
 SIZES = [
     *((4032, 3024), (4000, 3000), (3264, 2448), (4608, 3456), (8000, 6000)),
@@ -49,33 +50,33 @@ def as_the_app_scales(width, height, area):
 
 
 def header(size):
-    """The begin of a JPEG of this size: 400 if it is taken, as the rest is missing."""
+    """The start of a JPEG of this size.  It gets 400, as the rest is missing, unless refused before."""
     return encoded(Image.new("L", size), quality=1)[:700]
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_what_rounding_makes_of_an_area_is_taken(tmp_path, area):
-    with started(tmp_path, MAXIMUM_AREA=area) as service:
-        for width, height in SIZES:
-            for sides in ((width, height), (height, width)):
-                scaled_to = as_the_app_scales(*sides, area)
-                assert service.detect(header(scaled_to))[0] == 400, scaled_to
-                wider = (scaled_to[0] + 2, scaled_to[1] + 1)
-                assert service.detect(header(wider))[0] == 412, wider
+def test_sizes_after_rounding_are_accepted(area):
+    app = App(1, MAXIMUM_AREA=str(area))
+    for width, height in SIZES:
+        for sides in ((width, height), (height, width)):
+            scaled_to = as_the_app_scales(*sides, area)
+            assert app.detect(header(scaled_to))[0] == 400, scaled_to
+            wider = (scaled_to[0] + 2, scaled_to[1] + 1)
+            assert app.detect(header(wider))[0] == 412, wider
 
 
 @pytest.mark.parametrize(
     "size",
     [(3840, 2160), (2160, 3840), (2880, 2880), (16384, 506), (126, 65500)],
 )
-def test_the_largest_photos_of_any_shape_are_taken(service, size):
-    assert service.detect(header(size))[0] == 400
+def test_the_largest_photos_of_any_shape_are_accepted(app, size):
+    assert app.detect(header(size))[0] == 400
 
 
-def test_a_photo_of_a_phone_at_the_largest_area(service):
+def test_a_photo_of_a_phone_at_the_largest_area(app):
     size = as_the_app_scales(4032, 3024, 3840 * 2160)
     assert size == (3326, 2494)
-    status, answer = service.detect(encoded(picture("obama.jpg").resize(size)))
+    status, answer = app.detect(encoded(picture("obama.jpg").resize(size)))
     assert (status, answer["faces-count"]) == (200, 1)
 
 
@@ -83,7 +84,7 @@ def test_a_photo_of_a_phone_at_the_largest_area(service):
 
 
 @pytest.mark.parametrize("model", [1, 3, 4])
-def test_the_area_depends_on_all_memory_not_on_what_is_free(monkeypatch, model):
+def test_the_area_depends_on_total_memory_not_on_free_memory(monkeypatch, model):
     areas = {}
     for total in (512, 1000, 1024, 1536, 2048, 4096, 65536):
         for available in (total, total // 2, 100):
@@ -96,9 +97,9 @@ def test_the_area_depends_on_all_memory_not_on_what_is_free(monkeypatch, model):
     assert list(areas.values()) == sorted(areas.values())
 
 
-def test_less_memory_than_the_least_photo_takes(monkeypatch):
+def test_too_little_memory_for_the_smallest_area(monkeypatch):
     monkeypatch.setattr(module, "_memory", lambda: (240 << 20, 240 << 20))
-    with pytest.raises(SystemExit, match="There are 240 MB of memory, but it takes "):
+    with pytest.raises(SystemExit, match="of memory are needed, but there are 240"):
         module._fit_memory(1, None, None)
 
 
@@ -109,7 +110,7 @@ def test_all_in_ones_area_in_1_gb(tmp_path, model):
         with started(tmp_path, command, FACE_MODEL=model) as service:
             area = service.request("/open")[1]["maximum_area"]
             assert area >= 4_320_000
-            assert ("the app stops" in service.log()) == (area < 3840 * 2160)
+            assert ("its jobs stop" in service.log()) == (area < 3840 * 2160)
 
 
 # ------------------------------------------------------------------------- migration
@@ -150,7 +151,7 @@ def described(content, boxes):
         (108, "JPEG", {}),
     ],
 )
-def test_originals_are_taken_for_migration(tmp_path, megapixels, format, options):
+def test_originals_are_accepted_for_migration(tmp_path, megapixels, format, options):
     content, boxes = original(megapixels, format, **options)
     whole = described(content, boxes)
     with started(tmp_path) as service:
@@ -185,7 +186,7 @@ def test_originals_in_1_gb(tmp_path):
             assert service.log().count("Booting worker") == 1
 
 
-def test_what_is_too_large_for_migration(service):
+def test_originals_too_large_for_migration(service):
     face = {"left": 1, "top": 1, "right": 99, "bottom": 99}
     huge = encoded(Image.new("L", (15000, 15000)), "PNG")
     status, answer = service.compute(huge, face)
@@ -210,7 +211,7 @@ def held_address():
 
 
 class Clients:
-    """So many that send one photo after the other, as jobs do, and never one twice."""
+    """Clients that send one photo after the other, like jobs, without retrying."""
 
     def __init__(self, service, count=4):
         self.content = encoded(scaled(picture("obama.jpg"), 0.1))
@@ -238,16 +239,16 @@ class Clients:
 
 
 def test_restarts_with_a_held_address_lose_nothing(tmp_path):
-    """As under systemd, whose .socket unit holds the port: three restarts under load."""
+    """Three restarts under load, with a socket held by another process, as by systemd."""
     with held_address() as (command, port):
         with started(tmp_path, command, port, inherit=True) as service:
             clients = Clients(service)
             clients.__enter__()
-            time.sleep(2)
-        for _ in range(2):
             time.sleep(1)
+        for _ in range(2):
+            time.sleep(0.5)
             with started(tmp_path, command, port, inherit=True):
-                time.sleep(2)
+                time.sleep(1)
         with started(tmp_path, command, port, inherit=True):
             clients.__exit__()
     assert set(clients.seen) == {200} and len(clients.seen) > 30
@@ -258,7 +259,7 @@ def test_restarts_with_a_held_address_lose_nothing(tmp_path):
     reason="systemd-socket-activate is not installed (apt install systemd)",
 )
 def test_systemd_starts_it(tmp_path):
-    """With the first connection, which waits until it is answered."""
+    """At the first connection, which waits until it is answered."""
     port = free_port()
     command = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}"]
     for name in ("API_KEY", "FACE_MODEL", "PATH", "TMPDIR"):
@@ -299,7 +300,7 @@ def test_the_units_are_right(tmp_path):
 
 
 def test_sighup_takes_a_new_key_and_loses_nothing(tmp_path):
-    """A reload under load; then one with a key file that is broken changes nothing."""
+    """A reload under load; then one with an invalid key file, which changes nothing."""
     place = tmp_path / "copy"
     shutil.copytree(
         ROOT,
@@ -360,7 +361,7 @@ def test_sigterm_as_soon_as_it_listens(tmp_path):
 
 
 def test_a_client_that_waits_is_answered_late_and_not_lost(tmp_path):
-    """It connects while nothing runs; the answer comes once something does."""
+    """It connects before the service runs, and is answered once it does."""
     with held_address() as (command, port):
         with socket.create_connection(("127.0.0.1", port)) as client:
             sent = encoded(scaled(picture("obama.jpg"), 0.1))

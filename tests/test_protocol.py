@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KEY, encoded, free_port, module, photo, picture, scaled, started
 from PIL import Image
+from shared import KEY, encoded, free_port, module, photo, picture, scaled, started
 
 FACE = {"left": 375, "top": 154, "right": 611, "bottom": 390}
 
@@ -19,28 +19,28 @@ def refused(answer, status):
     assert list(answer[1]) == ["error"] and len(answer[1]["error"]) > 20
 
 
-def test_welcome(each_service):
-    status, answer = each_service.request("/welcome", key=None)
+def test_welcome(each_app):
+    status, answer = each_app.request("/welcome", key=None)
     assert status == 200
     assert answer["facerecognition-external-model"] == "welcome"
     assert answer["version"] == module.__version__
-    assert answer["model"] == each_service.model
+    assert answer["model"] == each_app.model
     assert "dlib" in answer
 
 
-def test_welcome_tells_whether_the_key_is_right(service):
-    assert service.request("/welcome")[0] == 200
-    refused(service.request("/welcome", key="wrong"), 401)
-    refused(service.request("/welcome", key=""), 401)
+def test_welcome_tells_whether_the_key_is_right(app):
+    assert app.request("/welcome")[0] == 200
+    refused(app.request("/welcome", key="wrong"), 401)
+    refused(app.request("/welcome", key=""), 401)
 
 
-def test_health(service):
-    assert service.request("/health", key=None) == (200, "ok")
-    assert service.request("/health", key="wrong") == (200, "ok")
+def test_health(app):
+    assert app.request("/health", key=None) == (200, "ok")
+    assert app.request("/health", key="wrong") == (200, "ok")
 
 
-def test_open(each_service):
-    assert each_service.request("/open") == (
+def test_open(each_app):
+    assert each_app.request("/open") == (
         200,
         {"preferred_mimetype": "image/jpeg", "maximum_area": 3840 * 2160},
     )
@@ -48,32 +48,30 @@ def test_open(each_service):
 
 @pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + "x", "schlüssel"])
 @pytest.mark.parametrize("path", ["/open", "/detect", "/compute"])
-def test_401(service, path, key):
+def test_401(app, path, key):
     headers = {"x-api-key": key.encode()} if key else {}
     form = (
         None
         if path == "/open"
         else {"file": (io.BytesIO(photo("obama.jpg")), "a.jpg"), "face": "{}"}
     )
-    refused(service.request(path, form, key=None, headers=headers), 401)
+    refused(app.request(path, form, key=None, headers=headers), 401)
 
 
-def test_404_and_405(service):
-    refused(service.request("/nothing"), 404)
-    refused(service.request("/static/x", key=None), 404)
-    refused(service.request("/detect"), 405)
-    refused(service.request("/welcome", {"file": "x"}), 405)
+def test_404_and_405(app):
+    refused(app.request("/nothing"), 404)
+    refused(app.request("/static/x", key=None), 404)
+    refused(app.request("/detect"), 405)
+    refused(app.request("/welcome", {"file": "x"}), 405)
 
 
-def test_400_for_what_is_missing(service):
-    refused(service.request("/detect", {"other": "x"}), 400)
-    refused(service.request("/detect", {"file": "not sent as a file"}), 400)
-    refused(service.request("/detect", body=b"no form at all"), 400)
-    refused(service.request("/compute", {"face": json.dumps(FACE)}), 400)
+def test_400_for_missing_fields(app):
+    refused(app.request("/detect", {"other": "x"}), 400)
+    refused(app.request("/detect", {"file": "not sent as a file"}), 400)
+    refused(app.request("/detect", body=b"no form at all"), 400)
+    refused(app.request("/compute", {"face": json.dumps(FACE)}), 400)
     refused(
-        service.request(
-            "/compute", {"file": (io.BytesIO(photo("obama.jpg")), "a.jpg")}
-        ),
+        app.request("/compute", {"file": (io.BytesIO(photo("obama.jpg")), "a.jpg")}),
         400,
     )
 
@@ -105,14 +103,14 @@ def test_400_for_what_is_missing(service):
         '{"left":' * 10_000,
     ],
 )
-def test_400_for_a_face_that_is_none(service, face):
-    refused(service.compute(photo("obama.jpg"), face), 400)
+def test_400_for_an_invalid_face(app, face):
+    refused(app.compute(photo("obama.jpg"), face), 400)
 
 
-def test_a_face_is_described_wherever_it_is(service):
+def test_a_face_is_described_wherever_it_is(app):
     for side in (-500, 0, 380, 900, 5000, 1_000_000):
         face = {"left": side, "top": side, "right": side + 200, "bottom": side + 200}
-        status, answer = service.compute(photo("obama.jpg"), face | {"confidence": 1.5})
+        status, answer = app.compute(photo("obama.jpg"), face | {"confidence": 1.5})
         assert status == 200 and len(answer["face"]["descriptor"]) == 128
         assert answer["face"]["confidence"] == 1.5
     huge = {
@@ -121,14 +119,14 @@ def test_a_face_is_described_wherever_it_is(service):
         "right": 1_000_000,
         "bottom": 1_000_000,
     }
-    assert service.compute(photo("obama.jpg"), huge)[0] == 200
+    assert app.compute(photo("obama.jpg"), huge)[0] == 200
     point = {"left": 400, "top": 400, "right": 400, "bottom": 400}
-    assert service.compute(photo("obama.jpg"), point)[0] == 200
+    assert app.compute(photo("obama.jpg"), point)[0] == 200
     halves = {"left": 374.6, "top": 154.4, "right": 610.9, "bottom": 390.0}
-    assert service.compute(photo("obama.jpg"), halves)[0] == 200
+    assert app.compute(photo("obama.jpg"), halves)[0] == 200
 
 
-def test_400_for_an_image_that_is_cut_short(service):
+def test_400_for_an_image_that_is_cut_short(app):
     whole = {
         "JPEG": photo("obama.jpg"),
         "PNG": encoded(scaled(picture("obama.jpg"), 0.1), "PNG"),
@@ -138,36 +136,36 @@ def test_400_for_an_image_that_is_cut_short(service):
         "BMP": encoded(scaled(picture("obama.jpg"), 0.1), "BMP"),
     }
     for format, content in whole.items():
-        assert service.detect(content)[0] == 200, format
+        assert app.detect(content)[0] == 200, format
         for part in (0.01, 0.3, 0.9):
-            refused(service.detect(content[: int(len(content) * part)]), 400)
-    refused(service.detect(b""), 400)
-    refused(service.detect(photo("obama.jpg")[:20]), 400)
+            refused(app.detect(content[: int(len(content) * part)]), 400)
+    refused(app.detect(b""), 400)
+    refused(app.detect(photo("obama.jpg")[:20]), 400)
 
 
-def test_400_for_an_image_that_is_broken(service):
+def test_400_for_an_image_that_is_broken(app):
     content = bytearray(encoded(scaled(picture("obama.jpg"), 0.1), "PNG"))
     content[len(content) // 2] ^= 0xFF
-    refused(service.detect(bytes(content)), 400)
+    refused(app.detect(bytes(content)), 400)
 
 
-def test_412_before_anything_is_decoded(service):
+def test_412_before_anything_is_decoded(app):
     """A black PNG of 100 million pixels is some 100 KB, and would be 300 MB."""
-    refused(service.detect(encoded(Image.new("RGB", (10_000, 10_000)), "PNG")), 412)
-    refused(service.detect(encoded(Image.new("L", (3842, 2160)), "PNG")), 412)
-    refused(service.detect(encoded(Image.new("1", (1, 8_000_000)), "PNG")), 412)
+    refused(app.detect(encoded(Image.new("RGB", (10_000, 10_000)), "PNG")), 412)
+    refused(app.detect(encoded(Image.new("L", (3842, 2160)), "PNG")), 412)
+    refused(app.detect(encoded(Image.new("1", (1, 8_000_000)), "PNG")), 412)
 
 
-def test_413(service):
-    refused(service.detect(bytes(65 << 20)), 413)
-    refused(service.request("/detect", {f"field{i}": "x" for i in range(5000)}), 413)
+def test_413(app):
+    refused(app.detect(bytes(65 << 20)), 413)
+    refused(app.request("/detect", {f"field{i}": "x" for i in range(5000)}), 413)
 
 
 @pytest.mark.parametrize(
     "content", [b"hello", b"%PDF-1.7 ...", b"%!PS-Adobe-3.0 EPSF-3.0\n", bytes(5000)]
 )
-def test_415(service, content):
-    refused(service.detect(content), 415)
+def test_415(app, content):
+    refused(app.detect(content), 415)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +178,8 @@ def test_415(service, content):
         ("Größe 1.jpg", "Größe 1.jpg"),
     ],
 )
-def test_the_base_name_is_answered(service, sent, answered):
-    answer = service.detect(photo("astronaut.png"), filename=sent)[1]
+def test_the_base_name_is_answered(app, sent, answered):
+    answer = app.detect(photo("astronaut.png"), filename=sent)[1]
     assert answer["filename"] == answered
 
 

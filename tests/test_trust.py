@@ -1,4 +1,4 @@
-"""Nothing lost, nothing left behind, nobody let in: what a client that never retries relies on."""
+"""Reliability and privacy: no photo is lost, none is left behind, and bad input harms nobody."""
 
 import hashlib
 import io
@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import (
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from shared import (
     KEY,
     box,
     connect,
@@ -33,8 +35,6 @@ from conftest import (
     upload,
     wait_until_up,
 )
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 # As a PNG more than stays in memory: it goes to the disk.
 LARGE = scaled(picture("obama.jpg"), 3)
@@ -58,8 +58,8 @@ def open_files(pid):
 # -------------------------------------------------------------- nothing is left behind
 
 
-def test_a_photo_has_no_name_while_it_is_here(tmp_path):
-    """Half of a large photo is sent: it is in an open file, and in no folder; nor after kill -9."""
+def test_an_upload_has_no_name_on_disk(tmp_path):
+    """With half of a large photo sent: its file is in no directory, not even after kill -9."""
     with started(tmp_path) as service:
         names = set()
         content = upload(encoded(LARGE, "PNG"))
@@ -84,7 +84,7 @@ def test_a_photo_has_no_name_while_it_is_here(tmp_path):
         }
 
 
-def test_nothing_stays_after_success_and_error(tmp_path):
+def test_nothing_is_left_after_success_or_error(tmp_path):
     with started(tmp_path) as service:
         service.detect(photo("astronaut.png"))
         before = len(open_files(service.worker()))
@@ -99,7 +99,7 @@ def test_nothing_stays_after_success_and_error(tmp_path):
         assert len(open_files(service.worker())) <= before + 1
 
 
-def test_the_key_and_names_are_told_to_nobody(tmp_path):
+def test_neither_key_nor_file_name_leaks(tmp_path):
     with started(tmp_path) as service:
         answers = [
             service.detect(photo("obama.jpg"), filename="secret-name.jpg"),
@@ -121,8 +121,8 @@ def test_the_key_and_names_are_told_to_nobody(tmp_path):
 # -------------------------------------------------------------------- nothing is lost
 
 
-def test_sigterm_finishes_what_is_in_work(tmp_path):
-    """Two photos in work and three waiting are answered; then the service is gone, and comes back."""
+def test_sigterm_finishes_photos_in_flight(tmp_path):
+    """Two photos in flight and three queued ones are answered before the service stops."""
     port = free_port()
     large = encoded(LARGE)
     with started(tmp_path, port=port) as service, ThreadPoolExecutor(5) as clients:
@@ -163,7 +163,7 @@ def test_restarts_under_load_break_no_answer(tmp_path):
                 ]
                 for thread in clients:
                     thread.start()
-            time.sleep(1.5)
+            time.sleep(1)
     stop.set()
     for thread in clients:
         thread.join()
@@ -183,7 +183,7 @@ def test_a_killed_process_is_replaced(tmp_path):
 
 
 def test_running_out_of_memory(tmp_path):
-    """Where the system refuses memory rather than kills, that photo gets an error, and the next an answer."""
+    """If allocation fails, that photo gets an error, and the next an answer."""
     limited = [
         "prlimit",
         "--as=2500000000",
@@ -201,7 +201,7 @@ def test_running_out_of_memory(tmp_path):
         for _ in range(3):
             status, answer = service.detect(photo("obama.jpg"))
             assert (status, answer["faces-count"]) == (200, 1)
-        assert "too little memory" in service.log()
+        assert "Memory is exhausted" in service.log()
 
 
 def test_a_client_that_hangs_up_holds_no_slot(tmp_path):
@@ -220,7 +220,7 @@ def test_a_client_that_hangs_up_holds_no_slot(tmp_path):
         assert analysed(service) == 2
 
 
-def test_slow_clients_keep_nobody_waiting(service):
+def test_slow_clients_delay_nobody(service):
     """200 clients that send a byte a second, some of them within the headers."""
     content = upload(photo("astronaut.png"))
     slow = [connect(service) for _ in range(200)]
@@ -284,8 +284,8 @@ def test_a_full_temporary_folder(tmp_path):
 
 
 def test_load(tmp_path):
-    """1,000 photos of mixed sizes (SOAK=1; else 150) from 16 clients: the answers each has alone, and nothing grows."""
-    count = 1000 if os.environ.get("SOAK") else 150
+    """1,000 photos of mixed sizes (SOAK=1; else 60) from 16 clients: same answers as alone, and no growth."""
+    count = 1000 if os.environ.get("SOAK") else 60
     chance = random.Random(4)
     photos = [
         photo("astronaut.png"),
@@ -317,7 +317,7 @@ def test_load(tmp_path):
                 len(os.listdir(f"/proc/{pid}/task")),
             )
 
-        warm = run(60)
+        warm = run(60 if os.environ.get("SOAK") else 40)
         hot = run(count)
         print(f"{count} photos: {warm} (MB, files, threads) before, {hot} after")
         assert hot[0] < warm[0] * 1.1 + 50
@@ -327,7 +327,7 @@ def test_load(tmp_path):
 
 @pytest.mark.parametrize("megabytes, model", [(4096, 1), (4096, 4), (1000, 1)])
 def test_no_more_is_promised_than_memory_holds(tmp_path, megabytes, model):
-    """100 photos (SOAK=1; else 8) as large as /open allows, from 8 clients, in 4 GB and in less."""
+    """100 photos (SOAK=1; else 4) as large as /open allows, from 8 clients, in 4 GB and in less."""
     with memory_limit(megabytes) as command:
         command += [sys.executable, "facerecognition-external-model.py"]
         with started(tmp_path, command, FACE_MODEL=model) as service:
@@ -338,7 +338,7 @@ def test_no_more_is_promised_than_memory_holds(tmp_path, megabytes, model):
             width = int((area * 16 / 9) ** 0.5)
             largest = encoded(picture("obama.jpg").resize((width, area // width)))
             with ThreadPoolExecutor(8) as clients:
-                sent = [largest] * (100 if os.environ.get("SOAK") else 8)
+                sent = [largest] * (100 if os.environ.get("SOAK") else 4)
                 answers = list(clients.map(service.detect, sent))
             assert {status for status, _ in answers} == {200}
             assert service.log().count("Booting worker") == 1
@@ -369,11 +369,11 @@ def broken(content, chance):
 
 
 def test_broken_images_are_the_clients_errors(service):
-    """10,000 of them with SOAK=1, else 1,200: no 500, and the same process at the end.
+    """10,000 of them with SOAK=1, else 600: no 500, and the same process at the end.
 
     Half of them are above half a megabyte, and so read from a file rather than memory.
     """
-    count = 10_000 if os.environ.get("SOAK") else 1_200
+    count = 10_000 if os.environ.get("SOAK") else 600
     chance = random.Random(5)
     image = scaled(picture("obama.jpg"), 0.02)
     noise = Image.merge("RGB", [Image.effect_noise((540, 400), 90) for _ in range(3)])
@@ -438,14 +438,14 @@ def test_broken_requests_are_the_clients_errors(service):
     assert service.detect(photo("astronaut.png"))[0] == 200
 
 
-def test_bombs(service):
-    """What is small as a file and large in memory is refused before it is, or read as what it is."""
+def test_decompression_bombs(service):
+    """Small files that decode to large images are refused before they are decoded."""
 
     def status(image, format="PNG", **options):
         return service.detect(encoded(image, format, **options))[0]
 
     began = time.monotonic()
-    assert status(Image.new("1", (60_000, 60_000))) == 412
+    assert status(Image.new("1", (30_000, 30_000))) == 412
     fax = Image.new("1", (16_000, 16_000))
     assert status(fax, "TIFF", compression="group4") == 412
     small = Image.new("L", (200, 200))

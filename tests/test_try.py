@@ -1,4 +1,4 @@
-"""make try: what it says and draws."""
+"""make try: its output and its drawings."""
 
 import importlib
 import os
@@ -6,18 +6,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KEY, ROOT, encoded, free_port, photo, picture
 from PIL import Image
+from shared import KEY, ROOT, encoded, free_port, photo, picture
 from test_nextcloud import AREAS, SIZES, as_the_app_scales
 
 os.environ.setdefault("API_KEY", KEY)
+sys.path.insert(0, str(ROOT / "tests/tools"))
 scaling = importlib.import_module("try")
 
 
 def run(folder, *photos, port, key=KEY):
-    """Return the exit status, and what tests/try.py says of photos in the folder."""
+    """Return the exit status and the output of tests/tools/try.py for photos in the folder."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/try.py", *photos],
+        [sys.executable, ROOT / "tests/tools/try.py", *photos],
         cwd=folder,
         env={**os.environ, "PORT": str(port), "API_KEY": key, "HOST": "127.0.0.1"},
         check=False,
@@ -60,7 +61,7 @@ def test_who_is_who(service, folder):
 
 
 def test_it_scales_as_the_app_does():
-    """Up and down, to sides that are rounded each."""
+    """Up and down, with rounded sides."""
     for area in AREAS:
         for size in SIZES:
             expected = as_the_app_scales(*size, area)
@@ -69,7 +70,7 @@ def test_it_scales_as_the_app_does():
 
 
 def test_a_phones_photo_goes_as_the_app_sends_it(service, folder, monkeypatch):
-    """12 megapixels, and on its side."""
+    """12 megapixels, rotated by EXIF."""
     monkeypatch.setenv("AREA", "99999999")
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees, clockwise"
@@ -90,7 +91,7 @@ def test_a_service_is_started_if_there_is_none(folder):
     assert any(line.startswith("obama.jpg: 1 face,") for line in said)
 
 
-def test_what_is_wrong_is_said_in_a_line(service, folder):
+def test_errors_are_one_line(service, folder):
     (folder / "a.txt").write_text("no photo")
     (folder / "cut.jpg").write_bytes(photo("obama.jpg")[:9000])
     for photos, key, words in (

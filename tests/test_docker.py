@@ -1,4 +1,4 @@
-"""make docker-test: the image, run as the README runs it, and shut in more tightly.
+"""The image, run as the README runs it, and with fewer privileges: make docker-test.
 
 Where the engine has no bridge network, containers use the host's.
 """
@@ -12,12 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from conftest import KEY, Service, encoded, free_port, photo, picture, scaled
+from shared import KEY, Service, encoded, free_port, photo, picture, scaled
+
+IMAGE = os.environ.get("IMAGE")
+if not IMAGE:
+    pytest.skip("run by make docker-test", allow_module_level=True)
 
 BRIDGE = not subprocess.run(
     ["docker", "network", "inspect", "bridge"], check=False, capture_output=True
 ).returncode
-SHUT_IN = [
+RESTRICTED = [
     "--read-only",
     "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
@@ -47,7 +51,7 @@ def container(*options, key=KEY, command=()):
     port = free_port()
     name = f"facerecognition-test-{port}"
     options = [*network(port), *(["-e", f"API_KEY={key}"] if key else []), *options]
-    docker("run", "-d", "--name", name, *options, "facerecognition", *command)
+    docker("run", "-d", "--name", name, *options, IMAGE, *command)
     service = Service(None, port)
     service.name = name
     try:
@@ -76,7 +80,7 @@ def test_photos_in_and_faces_out(model):
 def test_without_a_key_it_stops_and_says_so():
     for options in ([], ["-e", "API_KEY="]):
         done = subprocess.run(
-            ["docker", "run", "--rm", *options, "facerecognition"],
+            ["docker", "run", "--rm", *options, IMAGE],
             capture_output=True,
             text=True,
             check=False,
@@ -90,8 +94,25 @@ def test_the_key_in_a_file(tmp_path):
         assert service.request("/welcome", key=KEY)[0] == 200
 
 
-def test_shut_in_with_2_gb():
-    with container(*SHUT_IN, "--memory=2g") as service:
+def test_as_all_in_one_starts_it():
+    """With a time zone, and a setting of another image, which is not needed."""
+    options = ["-e", "FACE_MODEL=3", "-e", "TZ=Asia/Tokyo", "-e", "GUNICORN_WORKERS=2"]
+    with container(*options) as service:
+        assert service.request("/open")[1]["maximum_area"] >= 4_320_000
+        assert service.detect(photo("obama.jpg"))[1]["faces-count"] == 1
+        assert docker("exec", service.name, "date", "+%z") == "+0900"
+        log = docker("logs", service.name)
+        assert "GUNICORN_WORKERS is not needed" in log
+        assert "Listening at: http://[::]:" in log
+
+
+def test_labels():
+    labels = json.loads(docker("inspect", "-f", "{{json .Config.Labels}}", IMAGE))
+    assert "Nextcloud" in labels["org.opencontainers.image.description"]
+
+
+def test_restricted_and_with_2_gb():
+    with container(*RESTRICTED, "--memory=2g") as service:
         area = service.request("/open")[1]["maximum_area"]
         largest = encoded(picture("obama.jpg").resize((2 * area // 3000, 1500)))
         with ThreadPoolExecutor(4) as clients:
@@ -116,15 +137,13 @@ def test_health_under_load_and_sigterm():
         assert docker("inspect", "-f", "{{.State.ExitCode}}", service.name) == "0"
 
 
-def test_there_is_a_dlib_for_each_kind_of_cpu():
+def test_there_is_a_dlib_for_each_x86_64_level():
     if os.uname().machine != "x86_64":
         pytest.skip("only for x86_64")
     command = (
         "md5sum .venv/lib/python3*/site-packages/dlib.libs/{.,glibc-hwcaps/*}/*.so"
     )
-    listed = docker(
-        "run", "--rm", "--entrypoint", "bash", "facerecognition", "-c", command
-    )
+    listed = docker("run", "--rm", "--entrypoint", "bash", IMAGE, "-c", command)
     assert len({line.split()[0] for line in listed.splitlines()}) == 3
 
 
@@ -149,14 +168,14 @@ def test_an_old_cpu():
 
 
 def test_no_secret_is_in_the_image():
-    history = docker("history", "--no-trunc", "facerecognition")
+    history = docker("history", "--no-trunc", IMAGE)
     assert "API_KEY=" not in history
     listed = docker(
         "run",
         "--rm",
         "--entrypoint",
         "ls",
-        "facerecognition",
+        IMAGE,
         "-A",
         "/app",
         "/app/vendor",

@@ -1,4 +1,4 @@
-"""make memory: what one analysis takes at its peak, in bytes a pixel, for each model.
+"""make memory: the peak memory of one analysis, in bytes a pixel, for each model.
 
 From it come the numbers of bytes_per_pixel and BYTES_AT_REST in the module.
 """
@@ -7,7 +7,7 @@ import io
 import subprocess
 import sys
 
-from conftest import (
+from shared import (
     encoded,
     forget_peak,
     group,
@@ -21,7 +21,7 @@ SIZES = (1, 4, 8.29)  # megapixels
 
 
 def measure(model, megapixels):
-    """Print a line of the table, from a process of its own."""
+    """Print a line of the table.  Each measurement needs a fresh process."""
     models = module.load_model_set(model)
     rest = memory("self", "VmRSS")
     photo = io.BytesIO(encoded(scaled(group(), megapixels)))

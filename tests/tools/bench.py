@@ -1,4 +1,4 @@
-"""make bench: this service beside tests/plain_service.py on the stock dlib, in one run.
+"""make bench: compare this service with tests/tools/plain_service.py on stock dlib, in one run.
 
 Both get the same photo in turn; figures are medians.  The first two arguments are the Pythons of
 virtual environments: one with the stock dlib, and one with ONNX Runtime, which computes the bare
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from conftest import (
+from shared import (
     ROOT,
     box,
     distance,
@@ -155,7 +155,7 @@ def bench_services(stock_python, tmp, photos, models):
     print("---|---|---|---|---|---|---|---|---", flush=True)
     for model in models:
         with ExitStack() as stack:
-            plain = [stock_python, "tests/plain_service.py"]
+            plain = [stock_python, "tests/tools/plain_service.py"]
             stock = stack.enter_context(
                 started(tmp / f"stock{model}", plain, FACE_MODEL=model)
             )

@@ -1,7 +1,7 @@
-"""The measure of speed: a photo in, faces out, in the plainest form, for the stock dlib.
+"""What the benchmark compares with: the simplest service with the same answers, for stock dlib.
 
 One set of models, one photo at a time, one face at a time; and for model 4 the descriptors of
-HOG's faces too, as the reference service computes them.  For tests/bench.py.
+HOG's faces too, as the reference service computes them.  For tests/tools/bench.py.
 """
 
 import os
@@ -14,7 +14,7 @@ from flask import Flask, request
 from PIL import Image
 
 MODEL = int(os.environ["FACE_MODEL"])
-FOLDER = Path(__file__).resolve().parent.parent / "vendor" / "models" / str(MODEL)
+FOLDER = Path(__file__).resolve().parents[2] / "vendor" / "models" / str(MODEL)
 
 app = Flask(__name__)
 one_at_a_time = threading.Lock()

@@ -1,4 +1,4 @@
-"""make try PHOTO="one.jpg two.jpg": what the service sees in photos, drawn beside them.
+"""make try PHOTO="one.jpg two.jpg": draw what the service finds in photos.
 
 Sends each to the service on this machine (HOST, PORT), which is started for it if none answers,
 and writes one.faces.jpg with boxes, landmarks and confidences.  Prints a line a face, and, of
@@ -23,9 +23,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from werkzeug.datastructures import FileStorage
 from werkzeug.test import encode_multipart
 
-ROOT = Path(__file__).resolve().parent.parent
-HOST = os.environ.get("HOST") or "127.0.0.1"
-URL = f"http://{'127.0.0.1' if HOST == '0.0.0.0' else HOST}:{os.environ.get('PORT') or 5000}"
+ROOT = Path(__file__).resolve().parents[2]
+HOST = os.environ.get("HOST") or "::"
+if HOST in ("0.0.0.0", "::"):
+    HOST = "127.0.0.1"
+URL = f"http://{f'[{HOST}]' if ':' in HOST else HOST}:{os.environ.get('PORT') or 5000}"
 KEY = os.environ.get("API_KEY") or (ROOT / "api.key").read_text().strip()
 SAME_PERSON = 0.6
 AREA = int(os.environ.get("AREA") or 4_320_000)
@@ -90,7 +92,7 @@ def faces_in(file, name):
 
 
 def draw(image, faces):
-    """Draw into the image what was found in it."""
+    """Draw the faces into the image."""
     pen = ImageDraw.Draw(image)
     width = max(1, max(image.size) // 300)
     font = ImageFont.load_default(max(12, max(image.size) // 50))

@@ -17,7 +17,7 @@ compare() {
     [ "$rest" -nt vendor/dlib.patch ] ||  # all of dlib but the convolution
         "$compiler" "${options[@]}" -O1 -DDLIB_DNN_CPU_CONV_cPP_ -c "$source/dlib/all/source.cpp" -o "$rest"
     "$compiler" "${options[@]}" -O3 -ffp-contract=off "$@" -c "$source/dlib/cuda/cpu_conv.cpp" -o "$out/convolution.o"
-    "$compiler" "${options[@]}" -O2 ${emulator:+-static} tests/convolutions.cpp "$rest" "$out/convolution.o" -o "$out/convolutions"
+    "$compiler" "${options[@]}" -O2 ${emulator:+-static} tests/tools/convolutions.cpp "$rest" "$out/convolution.o" -o "$out/convolutions"
     printf '%s %s: ' "$compiler" "${*:-}"
     $emulator "$out/convolutions"
 }
@@ -35,5 +35,5 @@ else
     compare g++ ""
 fi
 
-g++ "${options[@]}" -g -O1 -fsanitize=address -Wno-maybe-uninitialized tests/resizing.cpp "$source/dlib/all/source.cpp" -o "$out/resizing"
+g++ "${options[@]}" -g -O1 -fsanitize=address -Wno-maybe-uninitialized tests/tools/resizing.cpp "$source/dlib/all/source.cpp" -o "$out/resizing"
 "$out/resizing"
