@@ -873,7 +873,7 @@ def serve():
         def set_accept_enabled(self, enabled):
             """When stopping, accept the backlog, as closing would reset it."""
             super().set_accept_enabled(enabled)
-            if self.alive or not self.sockets:
+            if enabled or self.alive or not self.sockets:
                 return
             for listener in self.sockets:
                 accepted = -1
@@ -910,7 +910,7 @@ def serve():
             return chunk(*size)
 
     class Server(BaseApplication):
-        create = functools.partial(create_app, settings)
+        create = staticmethod(functools.partial(create_app, settings))
 
         def load_config(self):
             options = {

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from shared import (
     KEY,
     ROOT,
     App,
+    Service,
     distance,
     encoded,
     free_port,
@@ -338,6 +340,34 @@ def test_sighup_takes_a_new_key_and_loses_nothing(tmp_path):
         assert service.request("/welcome", key="another")[0] == 200
         assert "leave only the key" in service.log()
         assert "Traceback" not in service.log() and "lost" not in service.log()
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.25])
+def test_sighup_while_the_first_models_load(tmp_path, delay):
+    """Clients wait already.  The worker process that is replaced answers what it accepted."""
+    log = tmp_path / "log"
+    log.touch()
+
+    def reload():
+        while not (
+            booting := re.search(r"\[(\d+)\] \[INFO\] Using worker", log.read_text())
+        ):
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.kill(int(booting[1]), signal.SIGHUP)
+
+    with (
+        held_address() as (command, port),
+        ThreadPoolExecutor(1) as background,
+        Clients(Service(None, port), 8) as clients,
+    ):
+        reloaded = background.submit(reload)
+        with started(tmp_path, command, port, inherit=True) as service:
+            reloaded.result()
+            time.sleep(2)
+            clients.__exit__()
+    assert set(clients.seen) == {200}
+    assert "ERROR" not in service.log()
 
 
 def test_sigterm_as_soon_as_it_listens(tmp_path):
