@@ -1,25 +1,13 @@
 """Finds and describes the faces in photos, for Nextcloud's app Face Recognition.
 
-The app's model 5 posts photos here, one a request, and gets back each face's box,
-landmarks and descriptor as JSON:
-
-    GET  /welcome   version, model and dlib; needs no key, but checks one that is sent
-    GET  /health    "ok"; needs no key
-    GET  /open      the largest area to scale photos to, and the preferred type
-    POST /detect    all faces of the photo in the form field ``file``
-    POST /compute   the one face of ``file`` whose box is in the form field ``face``
-
-Settings come from the environment (defaults in parentheses):
+The app's model 5 posts photos, and gets each face's box, landmarks and descriptor as
+JSON.  Settings come from the environment (defaults in parentheses):
 
     API_KEY         the key shared with Nextcloud        (the content of ./api.key)
     FACE_MODEL      the app's number of the model, 1 to 4                       (1)
     HOST, PORT      the address to listen on              (all, IPv4 and IPv6; 5000)
     MAXIMUM_AREA    the largest area, in pixels  (3840 x 2160, or what memory holds)
     PHOTOS_AT_ONCE  how many are analysed in parallel  (cores, or what memory holds)
-    LOG_LEVEL       debug, info (a line per photo), warning or error          (info)
-
-``python facerecognition-external-model.py`` runs it under gunicorn; ``flask run`` and
-other WSGI servers find ``create_app``.
 """
 
 import hashlib
@@ -35,10 +23,10 @@ import struct
 import sys
 import threading
 import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import dlib
 import numpy as np
@@ -50,8 +38,7 @@ __version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
 MODELS = json.loads((HERE / "vendor" / "models.json").read_text())
-FAST = getattr(dlib, "DLIB_FAST_FACES", "")  # the instruction set of vendor/dlib
-DLIB = f"{dlib.__version__}, {FAST or 'stock: slow, run make DLIB=patched setup'}"
+DLIB = f"{dlib.__version__}, {getattr(dlib, 'DLIB_FAST_FACES', 'stock and slow')}"
 
 log = logging.getLogger("facerecognition")
 
@@ -61,22 +48,16 @@ log = logging.getLogger("facerecognition")
 # Bytes of memory; "make memory" measures them.
 AT_REST = 160 << 20
 OF_A_PHOTO = 104 << 20  # in flight, its model set included; and for each pixel:
-OF_A_PIXEL = 64 if FAST else 1050
-
+OF_A_PIXEL = 64 if hasattr(dlib, "DLIB_FAST_FACES") else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
-LOG_LEVELS = ("debug", "info", "warning", "error")
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
 
 
 def read_settings():
     """Return Flask's configuration, or exit with one line that names what is wrong."""
-    log_level = os.environ.get("LOG_LEVEL") or "info"
-    if log_level not in LOG_LEVELS:
-        sys.exit(f"LOG_LEVEL is {log_level!r}, but can be {', '.join(LOG_LEVELS)}.")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(log_level.upper())
-
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    face_model = _whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
     memory = _memory() - AT_REST
@@ -86,16 +67,12 @@ def read_settings():
     fitting = min(len(os.sched_getaffinity(0)), memory // largest)
     at_once = _whole_number("PHOTOS_AT_ONCE", max(fitting, 1))
     if area < SMALLEST_AREA or at_once * largest > memory:
-        sys.exit(
-            f"Memory is too small for {at_once} photos of {area} pixels at once: add "
-            f"some, or lower PHOTOS_AT_ONCE, or MAXIMUM_AREA (not below {SMALLEST_AREA})."
-        )
+        many = f"{at_once} photos of {max(area, SMALLEST_AREA)} pixels or more"
+        sys.exit(f"Memory is too small for {many}: MAXIMUM_AREA, PHOTOS_AT_ONCE.")
     return {
         "API_KEY": _read_api_key(),
-        "FACE_MODEL": check_model_files(_whole_number("FACE_MODEL", 1, largest=4)),
-        "HOST": os.environ.get("HOST", ""),
-        "PORT": _whole_number("PORT", 5000, largest=65535),
-        "LOG_LEVEL": log_level,
+        "FACE_MODEL": face_model,
+        "MODEL_FILES": check_model_files(face_model),
         "MAXIMUM_AREA": area,
         "PHOTOS_AT_ONCE": at_once,
         "PHOTO_MEMORY": memory // at_once,
@@ -111,12 +88,10 @@ def _whole_number(name, default, largest=10**9):
 
 def _read_api_key():
     key, file = os.environ.get("API_KEY", "").strip(), HERE / "api.key"
-    try:
+    with suppress(OSError, ValueError):
         key = key or file.read_text("utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        sys.exit(f"API_KEY is not set, and {file} can't be read: {error}.")
     if len(key.split()) != 1 or key == EXAMPLE_KEY:
-        sys.exit(f"API_KEY or {file} is no key: openssl rand -base64 32 makes one.")
+        sys.exit(f"API_KEY and {file} have no key: openssl rand -base64 32 makes one.")
     return key
 
 
@@ -126,10 +101,7 @@ def _memory():
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
-        for folder in (
-            group,
-            *group.parents,
-        ):  # a container may see its own as the root
+        for folder in (group, *group.parents):  # a container can see its own as the top
             for name in ("memory.max", "memory.limit_in_bytes"):
                 with suppress(OSError, ValueError):  # no such limit
                     memory = min(memory, int((folder / name).read_text()))
@@ -138,24 +110,16 @@ def _memory():
 
 # ------------------------------------------------------------------------------ models
 
-HOG_CONFIDENCE = 1.1  # told to the app, as HOG gives none
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
-SMALLEST_SIDE = 10  # pixels; dlib's CNN crashes on narrower images
 BORDER = 11  # pixels of black that the CNN adds around an image
-
-# The dlib models for one photo at a time: running a network changes it.
-ModelSet = namedtuple("ModelSet", "cnn hog landmarks descriptor")
-
-
-def _model_files(face_model):
-    folder = HERE / "vendor" / "models" / str(face_model)
-    return [folder / name for name in MODELS["models"][str(face_model)]]
 
 
 def check_model_files(face_model):
-    """Return the model's number, or exit unless its files are there and whole."""
-    for file in _model_files(face_model):
+    """Return a model's files, or exit with one line unless all are there and whole."""
+    folder = HERE / "vendor" / "models" / str(face_model)
+    files = [folder / name for name in MODELS["models"][str(face_model)]]
+    for file in files:
         known = MODELS["files"][file.name]
         digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
         if digest == known.get("later"):
@@ -163,16 +127,16 @@ def check_model_files(face_model):
         elif digest != known["sha256"]:
             fetch = f"make FACE_MODEL={face_model} download-models"
             sys.exit(f"{file} is missing or damaged: delete it, then {fetch}")
-    return face_model
+    return [str(file) for file in files]
 
 
-def load_model_set(face_model):
-    """Load the ``ModelSet`` of a model (1 to 4); it has no CNN or no HOG if unused."""
-    files = [str(file) for file in _model_files(face_model)]
+def load_model_set(settings):
+    """Load a model's parts from dlib, for one photo at a time: running changes them."""
+    model, files = settings["FACE_MODEL"], settings["MODEL_FILES"]
     try:
-        return ModelSet(
-            cnn=dlib.cnn_face_detection_model_v1(files[0]) if face_model != 3 else None,
-            hog=dlib.get_frontal_face_detector() if face_model in (3, 4) else None,
+        return SimpleNamespace(
+            cnn=dlib.cnn_face_detection_model_v1(files[0]) if model != 3 else None,
+            hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
             landmarks=dlib.shape_predictor(files[-2]),
             descriptor=dlib.face_recognition_model_v1(files[-1]),
         )
@@ -180,28 +144,21 @@ def load_model_set(face_model):
         raise MemoryError(str(error)) from error
 
 
-def start_threads(face_model, count):
-    """Start threads that each own a ``ModelSet``, and return a function ``run``.
+def start_threads(settings):
+    """Return a pool of threads, and a context that lends each its own model set.
 
-    ``run(job, *args)`` returns what ``job(models, *args)`` does on one of the threads.
-    Jobs are taken first come, first served.
+    A thread starts, and loads its set, when a photo finds the others busy.
     """
-    pool = ThreadPoolExecutor(count)
-    own = threading.local()
+    pool, own = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"]), threading.local()
 
-    def work(job, *args):
-        try:
-            own.models = getattr(own, "models", None) or load_model_set(face_model)
-            return job(own.models, *args)
-        except HTTPException:
-            raise
-        except BaseException:
-            own.models = None  # an interrupted network may crash on the next photo
-            raise
+    @contextmanager
+    def lend():
+        models = vars(own).pop("models", None) or load_model_set(settings)
+        yield models
+        own.models = models  # not after an error: an interrupted network can crash
 
-    barrier = threading.Barrier(count)  # so that no thread takes another's place
-    list(pool.map(work, [lambda models: barrier.wait()] * count))
-    return lambda job, *args: pool.submit(work, job, *args).result()
+    pool.submit(lend()(lambda: None)).result()  # the first set is loaded now
+    return pool, lend
 
 
 def detect_faces(models, pixels):
@@ -210,10 +167,10 @@ def detect_faces(models, pixels):
     ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
     ``dlib.rectangle`` in pixels and a confidence, in the detector's order.
     """
-    if min(pixels.shape[:2]) < SMALLEST_SIDE:
+    if min(pixels.shape[:2]) < 10:  # dlib's CNN crashes on narrower images
         return []
     if not models.cnn:
-        return [(box, HOG_CONFIDENCE) for box in models.hog(pixels, 1)]
+        return [(box, 1.1) for box in models.hog(pixels, 1)]  # as HOG tells none
     faces = [(face.rect, face.confidence) for face in models.cnn(pixels, 0)]
     if not models.hog or not faces:
         return faces
@@ -272,16 +229,14 @@ def decode(image, region):
     """Return a region's pixels in RGB, as a uint8 array of shape (height, width, 3).
 
     ``region`` is left, top, right and bottom, the last two exclusive.  EXIF orientation
-    is not applied.  Transparent pixels are blended onto black like in dlib
-    (``assign_pixel`` of an ``rgb_alpha_pixel``, in its pixel.h).  16-bit grey becomes
-    8-bit.  Aborts with 400 if the image is broken.
+    is not applied.  16-bit grey becomes 8-bit.  Transparent pixels are blended onto
+    black, as by dlib (``assign_pixel`` of an ``rgb_alpha_pixel``, in its pixel.h).
     """
     with _refusals(BROKEN):
-        image.load()
         cut = image.crop(region)
     image.close()
     if cut.mode.startswith("I;16"):
-        return (np.asarray(cut) >> 8).astype(np.uint8)[..., np.newaxis].repeat(3, 2)
+        cut = Image.fromarray((np.asarray(cut) >> 8).astype(np.uint8))
     if "A" not in cut.getbands() and "transparency" not in cut.info:
         return np.asarray(cut.convert("RGB"))
     rgba = np.asarray(cut.convert("RGBA"))
@@ -295,9 +250,7 @@ def _refusals(what):
     try:
         yield
     except Exception as error:
-        if isinstance(error, (HTTPException, MemoryError)) or getattr(
-            error, "errno", 0
-        ):
+        if isinstance(error, HTTPException | MemoryError) or getattr(error, "errno", 0):
             raise
         abort(400, what)
 
@@ -306,28 +259,23 @@ def _refusals(what):
 
 service = Blueprint("service", __name__)
 
-MOST_BYTES = {"service.detect": 64 << 20, "service.compute": 512 << 20}  # of a request
-MOST_PARTS = 8  # of a form: small ones stay in memory until all have come
-NO_FACE = (
-    "Send the face as JSON in the field face: left, top, right, bottom, in pixels."
-)
+MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
+NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face."
 
 
 @service.before_request
 def check_request():
     """Abort with 401 if the key is missing or wrong, and with 413 if it is too long."""
-    sent, open_to_all = request.headers.get("x-api-key"), ["service.health"]
-    if sent is None:
-        open_to_all.append("service.welcome")
-    if request.endpoint in open_to_all:
+    sent = request.headers.get("x-api-key")
+    if request.path == "/health" or (request.path == "/welcome" and sent is None):
         return
     sent = (sent or "").encode("latin-1")  # how WSGI decodes the bytes of headers
     if not hmac.compare_digest(sent, os.fsencode(current_app.config["API_KEY"])):
         abort(401, "The API key is missing or wrong: send it in the header x-api-key.")
-    most = MOST_BYTES.get(request.endpoint, sys.maxsize)
+    most = MOST_BYTES.get(request.path, sys.maxsize)
     if (request.content_length or 0) > most:
         abort(413, f"The request has more than {most} bytes: send a smaller file.")
-    request.max_form_parts = MOST_PARTS
+    request.max_form_parts = 8  # small ones stay in memory until all have come
 
 
 @service.get("/welcome")
@@ -367,13 +315,17 @@ def compute():
     box extended by its size.  dlib's landmarks and face chip reach 0.7 of that far.
     """
     name, image = _posted_photo()
-    face, box = _posted_face()
+    with _refusals(NO_FACE):
+        face = json.loads(request.form.get("face", ""), parse_constant=int)  # no NaN
+        sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
+        box = dlib.rectangle(*sides)
+        if box.is_empty() or max(map(abs, sides)) > 1 << 20:
+            raise ValueError
     margin = max(box.width(), box.height())
-    left, top = max(box.left() - margin, 0), max(box.top() - margin, 0)
-    right = min(box.right() + margin + 1, image.width)
-    bottom = min(box.bottom() + margin + 1, image.height)
-    if left >= right or top >= bottom:
-        abort(400, NO_FACE)
+    left = min(max(box.left() - margin, 0), image.width - 1)
+    top = min(max(box.top() - margin, 0), image.height - 1)
+    right = max(min(box.right() + margin + 1, image.width), left + 1)
+    bottom = max(min(box.bottom() + margin + 1, image.height), top + 1)
     # Decoding in several passes takes four times the memory.
     direct = image.format in ("BMP", "JPEG", "MPO", "PNG")
     pixel = 4 if direct and "progressive" not in image.info else 16
@@ -384,16 +336,26 @@ def compute():
         return jsonify(filename=name, face=face)
 
 
+def _posted_photo():
+    """Return the name and the ``PIL.Image`` of the file in the form's field ``file``."""
+    with _refusals("The request is malformed or broke off: send it again, whole."):
+        upload = request.files.get("file")
+    if not upload:
+        abort(400, "There is no photo: send it as a file, in the form's field file.")
+    return os.path.basename(upload.filename), open_photo(upload.stream)
+
+
 def run(needed, image, region, box=None):
     """Analyse an image that takes so many bytes of memory, or abort with 412."""
     needed, most = OF_A_PHOTO + needed >> 20, current_app.config["PHOTO_MEMORY"] >> 20
     if needed > most:
         memory = f"{needed} MB of memory, of {most} that there are for one"
         abort(412, f"The photo takes {memory}: scale it down, or lower PHOTOS_AT_ONCE.")
-    return current_app.config["RUN"](analyse, image, region, box, time.monotonic())
+    pool, lend = current_app.config["THREADS"]
+    return pool.submit(analyse, lend, image, region, box, time.monotonic()).result()
 
 
-def analyse(models, image, region, box, sent):
+def analyse(lend, image, region, box, sent):
     """Describe the face in ``box``, or else all faces, in a region of an image.
 
     Returns a list of dicts, as in the answer to ``/detect``.
@@ -401,11 +363,12 @@ def analyse(models, image, region, box, sent):
     began = time.monotonic()
     pixels = decode(image, region)
     x, y, _, _ = region
-    if box:
-        found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
-    else:
-        found = detect_faces(models, pixels)
-    described = describe_faces(models, pixels, [box for box, _ in found])
+    with lend() as models:
+        if box:
+            found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
+        else:
+            found = detect_faces(models, pixels)
+        described = describe_faces(models, pixels, [box for box, _ in found])
     took = time.monotonic() - began
     message = "%d faces in %d x %d pixels; waited %.3f s, took %.3f s"
     log.info(message, len(found), *image.size, began - sent, took)
@@ -421,26 +384,6 @@ def analyse(models, image, region, box, sent):
         }
         for (box, confidence), (landmarks, descriptor) in zip(found, described)
     ]
-
-
-def _posted_photo():
-    """Return the name and the ``PIL.Image`` of the file in the form's field ``file``."""
-    with _refusals("The request is malformed or broke off: send it again, whole."):
-        upload = request.files.get("file")
-    if not upload:
-        abort(400, "There is no photo: send it as a file, in the form's field file.")
-    return os.path.basename(upload.filename), open_photo(upload.stream)
-
-
-def _posted_face():
-    """Return the field ``face`` as a dict, and as the ``dlib.rectangle`` that it is."""
-    with _refusals(NO_FACE):
-        face = json.loads(request.form.get("face", ""), parse_constant=int)  # no NaN
-        sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
-        box = dlib.rectangle(*sides)
-        if box.is_empty() or max(map(abs, sides)) > 1 << 20:
-            raise ValueError
-        return face, box
 
 
 @service.app_errorhandler(Exception)
@@ -469,8 +412,8 @@ def create_app(settings=None):
     Image.MAX_IMAGE_PIXELS = None  # what a photo may take in memory is the limit
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
-    run = start_threads(settings["FACE_MODEL"], settings["PHOTOS_AT_ONCE"])
-    app.config.update(settings, RUN=run, MAX_CONTENT_LENGTH=max(MOST_BYTES.values()))
+    app.config.update(settings, THREADS=start_threads(settings))
+    app.config["MAX_CONTENT_LENGTH"] = max(MOST_BYTES.values())
     app.register_blueprint(service)
     log.info("Version %s, dlib %s, model %d", __version__, DLIB, settings["FACE_MODEL"])
     return app
@@ -484,8 +427,7 @@ SILENCE = struct.pack("ll", 60, 0)  # seconds after which a silent client is dro
 def serve():
     """Serve with gunicorn until SIGTERM, then finish the photos in flight.
 
-    One worker process holds the models.  It has a thread for each connection, so that
-    clients wait for their turn instead of being refused.
+    A single process has the models, and a thread for each connection: clients wait.
     """
     from gunicorn.app.base import BaseApplication
 
@@ -494,7 +436,7 @@ def serve():
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     connections = min(1000, files // 3)  # each has a socket and a file
     options = {
-        "bind": _listen(settings["HOST"], settings["PORT"]),
+        "bind": _listen(),
         "workers": 1,
         "worker_class": "gthread",
         "worker_connections": connections,
@@ -506,7 +448,6 @@ def serve():
         "limit_request_fields": 50,
         "limit_request_field_size": 2048,
         "control_socket_disable": True,
-        "loglevel": settings["LOG_LEVEL"],
         "post_worker_init": _init_worker,
         "on_reload": lambda _: os.kill(os.getpid(), signal.SIGTERM),  # no terminal left
     }
@@ -523,8 +464,9 @@ def serve():
     Server().run()
 
 
-def _listen(host, port):
+def _listen():
     """Return what gunicorn binds to; exit if nothing can listen there."""
+    host, port = os.environ.get("HOST", ""), _whole_number("PORT", 5000, largest=65535)
     if "LISTEN_FDS" in os.environ:  # systemd does, and gunicorn prefers that
         return f"127.0.0.1:{port}"
     both = host in ("", "::") and socket.has_dualstack_ipv6()
@@ -548,7 +490,6 @@ def _in_one_line(record):
     """Have gunicorn log a client's errors in one line, without what it sent."""
     record.msg, record.args = record.getMessage(), ()
     if record.exc_info and isinstance(record.exc_info[1], OSError):
-        record.msg += f" {record.exc_info[1]}"
         record.exc_info = None
     if record.msg.startswith("Invalid request"):
         record.msg = record.msg.split(": ")[0]  # a header can be a key
