@@ -67,8 +67,8 @@ def read_settings():
     fitting = min(len(os.sched_getaffinity(0)), memory // largest)
     at_once = _whole_number("PHOTOS_AT_ONCE", max(fitting, 1))
     if area < SMALLEST_AREA or at_once * largest > memory:
-        many = f"{at_once} photos of {max(area, SMALLEST_AREA)} pixels or more"
-        sys.exit(f"Memory is too small for {many}: MAXIMUM_AREA, PHOTOS_AT_ONCE.")
+        many = f"{at_once} photos (PHOTOS_AT_ONCE) of {area} pixels (MAXIMUM_AREA)"
+        sys.exit(f"{many} are too much for memory, or under {SMALLEST_AREA} pixels.")
     return {
         "API_KEY": _read_api_key(),
         "FACE_MODEL": face_model,
@@ -340,9 +340,9 @@ def _posted_photo():
     """Return the name and the ``PIL.Image`` of the file in the form's field ``file``."""
     with _refusals("The request is malformed or broke off: send it again, whole."):
         upload = request.files.get("file")
-    if not upload:
+    if upload is None:
         abort(400, "There is no photo: send it as a file, in the form's field file.")
-    return os.path.basename(upload.filename), open_photo(upload.stream)
+    return os.path.basename(upload.filename or ""), open_photo(upload.stream)
 
 
 def run(needed, image, region, box=None):
@@ -467,7 +467,7 @@ def serve():
 def _listen():
     """Return what gunicorn binds to; exit if nothing can listen there."""
     host, port = os.environ.get("HOST", ""), _whole_number("PORT", 5000, largest=65535)
-    if "LISTEN_FDS" in os.environ:  # systemd does, and gunicorn prefers that
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):  # then systemd listens
         return f"127.0.0.1:{port}"
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
