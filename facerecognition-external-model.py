@@ -326,10 +326,11 @@ def compute():
     top = min(max(box.top() - margin, 0), image.height - 1)
     right = max(min(box.right() + margin + 1, image.width), left + 1)
     bottom = max(min(box.bottom() + margin + 1, image.height), top + 1)
-    # Decoding in several passes takes four times the memory.
-    direct = image.format in ("BMP", "JPEG", "MPO", "PNG")
-    pixel = 4 if direct and "progressive" not in image.info else 16
-    needed = pixel * image.width * image.height + 11 * (right - left) * (bottom - top)
+    # GIF, WebP and progressive JPEG take four times the memory while they are decoded.
+    slow = image.format in ("GIF", "WEBP") or "progressive" in image.info
+    whole = (16 if slow else 4) * image.width * image.height
+    part = (right - left) * (bottom - top)
+    needed = max(whole + 4 * part, 14 * part)
     (described,) = run(needed, image, (left, top, right, bottom), box)
     face |= {key: described[key] for key in ("landmarks", "descriptor")}
     with _refusals(NO_FACE):  # which can nest too deep to be written
@@ -369,9 +370,8 @@ def analyse(lend, image, region, box, sent):
         else:
             found = detect_faces(models, pixels)
         described = describe_faces(models, pixels, [box for box, _ in found])
-    took = time.monotonic() - began
     message = "%d faces in %d x %d pixels; waited %.3f s, took %.3f s"
-    log.info(message, len(found), *image.size, began - sent, took)
+    log.info(message, len(found), *image.size, began - sent, time.monotonic() - began)
     return [
         {
             "detection_confidence": confidence,
@@ -394,7 +394,8 @@ def refuse(error):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
         answer.status_code = 507
-        reason = f"No memory, disk or files are left ({error}): add what is missing."
+        what = getattr(error, "strerror", "no memory")  # not the path
+        reason = f"No memory, disk or files are left ({what}): add what is missing."
     else:
         log.exception("Internal error")
     with suppress(Exception):  # a client that still sends would not get the answer
