@@ -115,18 +115,17 @@ UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
 BORDER = 11  # pixels of black that the CNN adds around an image
 
 
-def check_model_files(face_model):
+def check_model_files(model):
     """Return a model's files, or exit with one line unless all are there and whole."""
-    folder = HERE / "vendor" / "models" / str(face_model)
-    files = [folder / name for name in MODELS["models"][str(face_model)]]
+    folder = HERE / "vendor" / "models" / str(model)
+    files = [folder / name for name in MODELS["models"][str(model)]]
     for file in files:
         known = MODELS["files"][file.name]
         digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
         if digest == known.get("later"):
             log.warning("%s is a later training: boxes differ by some pixels.", file)
         elif digest != known["sha256"]:
-            fetch = f"make FACE_MODEL={face_model} download-models"
-            sys.exit(f"{file} is missing or damaged: delete it, then {fetch}")
+            sys.exit(f"{file} is missing or damaged: make FACE_MODEL={model} setup")
     return [str(file) for file in files]
 
 
@@ -281,8 +280,8 @@ def check_request():
 @service.get("/welcome")
 def welcome():
     """Return the version, model and dlib in use.  Checks a key if one is sent."""
-    name, model = "facerecognition-external-model", current_app.config["FACE_MODEL"]
-    return {name: "welcome", "version": __version__, "model": model, "dlib": DLIB}
+    what = {"version": __version__, "model": current_app.config["FACE_MODEL"]}
+    return {"facerecognition-external-model": "welcome", **what, "dlib": DLIB}
 
 
 @service.get("/health")
@@ -330,8 +329,8 @@ def compute():
     slow = image.format in ("GIF", "WEBP") or "progressive" in image.info
     whole = (16 if slow else 4) * image.width * image.height
     part = (right - left) * (bottom - top)
-    needed = max(whole + 4 * part, 14 * part)
-    (described,) = run(needed, image, (left, top, right, bottom), box)
+    needed, region = max(whole + 4 * part, 14 * part), (left, top, right, bottom)
+    (described,) = run(needed, image, region, box)
     face |= {key: described[key] for key in ("landmarks", "descriptor")}
     with _refusals(NO_FACE):  # which can nest too deep to be written
         return jsonify(filename=name, face=face)
