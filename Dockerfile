@@ -1,29 +1,25 @@
 # docker build -t facerecognition .
 #
-# --build-arg MODELS="1 4" omits the files of the other models.  For an NVIDIA card (untested):
-# --build-arg BUILDER=nvidia/cuda:12.9.1-cudnn-devel-ubuntu24.04
-# --build-arg BASE=nvidia/cuda:12.9.1-cudnn-runtime-ubuntu24.04
+# --build-arg MODELS="1 4" omits the files of the other models.
+# --build-arg MODELS_FROM=pypi where GitHub can't be reached: another training of the CNN detector.
 
 ARG BASE=debian:trixie-slim
-ARG BUILDER=$BASE
 
 
-FROM $BUILDER AS builder
+FROM $BASE AS builder
 RUN apt-get update && apt-get install -y --no-install-recommends \
-    bzip2 ca-certificates curl g++ make patch python3-dev python3-venv
+    ca-certificates g++ make patch python3-dev python3-venv
 WORKDIR /app
-COPY Makefile requirements.txt ./
-COPY vendor vendor/
-RUN make -s .venv/installed-base
+COPY vendor/requirements.lock vendor/
+RUN python3 -m venv .venv && .venv/bin/pip install -q --require-hashes -r vendor/requirements.lock
 
 # In the order of how seldom they change.
+COPY vendor/models.* vendor/
 ARG MODELS="1 2 3 4"
-RUN vendor/models.sh $MODELS && rm -rf vendor/build
-RUN vendor/dlib-for-any-cpu.sh
-RUN .venv/bin/pip uninstall -qy pip \
-    && find .venv -name '*.so*' -type f -exec strip {} + \
-    && find .venv \( -name tests -o -name f2py -o -name include -o -name '*.pyi' \) \
-        -prune -exec rm -r {} +
+ARG MODELS_FROM=github
+RUN python3 vendor/models.py $MODELS
+COPY vendor vendor/
+RUN vendor/dlib-for-any-cpu.sh && .venv/bin/pip uninstall -qy pip
 
 
 FROM $BASE
@@ -35,11 +31,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 tzdata 
 WORKDIR /app
 COPY --from=builder /app/vendor/models vendor/models
 COPY --from=builder /app/.venv .venv
-COPY vendor/models.sha256 vendor/
+COPY vendor/models.json vendor/
+COPY .deploy/start.sh .deploy/health.py .deploy/
 COPY facerecognition-external-model.py ./
 ENV PATH=/app/.venv/bin:$PATH
-USER facerecognition
 EXPOSE 5000
-HEALTHCHECK --start-period=30s --timeout=15s CMD ["python", "-c", \
-    "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\") or 5000}/health', timeout=10)"]
+HEALTHCHECK --start-period=30s --timeout=15s CMD ["python", ".deploy/health.py"]
+ENTRYPOINT [".deploy/start.sh"]
 CMD ["python", "facerecognition-external-model.py"]
