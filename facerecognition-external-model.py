@@ -25,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,8 @@ SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
 BORDER = 11  # pixels of black that the CNN adds around an image
 
+load_landmarks = cache(dlib.shape_predictor)  # unlike a network, it can be shared
+
 
 def check_model_files(model):
     """Return a model's files, or exit with one line unless all are there and whole."""
@@ -136,7 +139,7 @@ def load_model_set(settings):
         return SimpleNamespace(
             cnn=dlib.cnn_face_detection_model_v1(files[0]) if model != 3 else None,
             hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
-            landmarks=dlib.shape_predictor(files[-2]),
+            landmarks=load_landmarks(files[-2]),
             descriptor=dlib.face_recognition_model_v1(files[-1]),
         )
     except RuntimeError as error:  # dlib's; the files were checked, so memory ran out
@@ -356,10 +359,7 @@ def run(needed, image, region, box=None):
 
 
 def analyse(lend, image, region, box, sent):
-    """Describe the face in ``box``, or else all faces, in a region of an image.
-
-    Returns a list of dicts, as in the answer to ``/detect``.
-    """
+    """Describe the face in ``box``, or all faces of a region, as ``/detect`` answers."""
     began = time.monotonic()
     pixels = decode(image, region)
     x, y, _, _ = region
@@ -393,8 +393,7 @@ def refuse(error):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
         answer.status_code = 507
-        what = getattr(error, "strerror", "no memory")  # not the path
-        reason = f"No memory, disk or files are left ({what}): add what is missing."
+        reason = f"Add memory, disk or files: {getattr(error, 'strerror', 'no memory')}"
     else:
         log.exception("Internal error")
     with suppress(Exception):  # a client that still sends would not get the answer
