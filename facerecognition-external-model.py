@@ -36,11 +36,9 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException
 
 __version__ = "1.0.0"
-
 HERE = Path(__file__).resolve().parent
 MODELS = json.loads((HERE / "vendor" / "models.json").read_text())
 DLIB = f"{dlib.__version__}, {getattr(dlib, 'DLIB_FAST_FACES', 'stock and slow')}"
-
 log = logging.getLogger("facerecognition")
 
 
@@ -114,7 +112,6 @@ def _memory():
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
 BORDER = 11  # pixels of black that the CNN adds around an image
-
 load_landmarks = cache(dlib.shape_predictor)  # unlike a network, it can be shared
 
 
@@ -260,7 +257,6 @@ def _refusals(what):
 # ----------------------------------------------------------------------------- service
 
 service = Blueprint("service", __name__)
-
 MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
 NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face."
 
@@ -433,14 +429,12 @@ def serve():
     settings = read_settings()
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    connections = min(1000, files // 3)  # each has a socket and a file
     options = {
         "bind": _listen(),
         "workers": 1,
         "worker_class": "gthread",
-        "worker_connections": connections,
         "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-        "threads": connections,
+        "threads": 1000,
         "timeout": 0,  # a photo may take any time
         "graceful_timeout": 300,
         "keepalive": 0,  # a reused connection can close just as a photo is sent
@@ -448,6 +442,7 @@ def serve():
         "limit_request_field_size": 2048,
         "control_socket_disable": True,
         "post_worker_init": _init_worker,
+        "post_request": _hang_up,
         "on_reload": lambda _: os.kill(os.getpid(), signal.SIGTERM),  # no terminal left
     }
 
@@ -483,6 +478,12 @@ def _init_worker(worker):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SILENCE)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the main process gets it, too
+
+
+def _hang_up(worker, request, environ, answer):
+    """Read no more: else gunicorn's main thread waits for the client to close."""
+    with suppress(KeyError, OSError):
+        environ["gunicorn.socket"].shutdown(socket.SHUT_RD)
 
 
 def _in_one_line(record):
