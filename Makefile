@@ -64,7 +64,7 @@ memory: setup ## measure the memory of each model
 	@$(TOOL)/memory.py
 
 convolutions: setup ## check our dlib's convolutions against the definition
-	@vendor/dlib.sh source
+	@vendor/dlib/build.sh source
 	@tests/tools/convolutions.sh vendor/build/dlib-20.0.1
 
 docker-test: setup ## build the image facerecognition, and check it
@@ -99,11 +99,11 @@ $(VENV)/installed-base: $(VENV)/pyvenv.cfg requirements.txt
 	@grep -v ^dlib requirements.txt | $(PIP) install -r /dev/stdin && touch $@
 
 # The dlib that make has chosen, without the other one.
-INSTALL_patched = vendor/dlib.sh wheel vendor/wheels && $(PIP) install --no-deps vendor/wheels/*.whl
+INSTALL_patched = vendor/dlib/build.sh wheel vendor/wheels && $(PIP) install --no-deps vendor/wheels/*.whl
 INSTALL_prebuilt = sed s/^dlib/dlib-bin/ requirements.txt | $(PIP) install -r /dev/stdin
-$(VENV)/installed-$(DLIB): $(VENV)/installed-base $(wildcard vendor/dlib*)
+$(VENV)/installed-$(DLIB): $(VENV)/installed-base $(wildcard vendor/dlib/*)
 	$(call WRITABLE,$(VENV))
-	@[ $(DLIB) = patched ] || echo "Taking a prebuilt dlib, far slower: see Install in README.md"
+	@[ $(DLIB) = patched ] || echo "Taking a prebuilt dlib, as slow as the stock one: README.md"
 	@rm -f $(VENV)/installed-{patched,prebuilt}; $(PIP) uninstall -y dlib dlib-bin 2> /dev/null
 	@$(INSTALL_$(DLIB)) && touch $@
 

@@ -51,12 +51,6 @@ def test_targets_of_make(page):
         assert name.split()[-1] in targets, name
 
 
-def test_targets_of_make_in_the_workflow():
-    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
-    for target in re.findall(r"run: make ([a-z-]+)", workflow):
-        assert f"\n{target}:" in MAKEFILE
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page):
     folder = ROOT if page is README else ROOT / "tests"
