@@ -4,40 +4,36 @@ import functools
 from contextlib import ExitStack
 
 import pytest
-from shared import App, started
-
-
-@pytest.fixture(scope="session")
-def services(tmp_path_factory):
-    """services(N) is a running service with model N, the same for all tests."""
-    with ExitStack() as stack:
-        running = {}
-
-        def service(model):
-            if model not in running:
-                tmp = tmp_path_factory.mktemp(f"model{model}")
-                running[model] = stack.enter_context(started(tmp, FACE_MODEL=model))
-            return running[model]
-
-        yield service
+from shared import App, memory_limit, started
 
 
 @pytest.fixture
-def service(services):
-    return services(1)
+def start(tmp_path):
+    """start(SETTING=value) returns a running service, which is stopped after the test.
+
+    ``megabytes`` limits its memory; other options are those of ``shared.started``.
+    """
+    with ExitStack() as stack:
+        folders = map(str, range(100))
+
+        def start(*, megabytes=None, **options):
+            if megabytes:
+                options["prefix"] = stack.enter_context(memory_limit(megabytes))
+            return stack.enter_context(started(tmp_path / next(folders), **options))
+
+        yield start
 
 
-@pytest.fixture(params=[1, 2, 3, 4])
-def each_service(request, services):
-    """A running service, with each model in turn; ``model`` is its number."""
-    service = services(request.param)
-    service.model = request.param
-    return service
+@pytest.fixture(scope="session")
+def service(tmp_path_factory):
+    """A running service with model 1, the same for all tests."""
+    with started(tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
 def apps():
-    """apps(N) is the application with model N, without a server, the same for all tests."""
+    """apps(N) is the application with model N, without a server, always the same."""
     return functools.cache(App)
 
 

@@ -23,12 +23,29 @@ from werkzeug.test import encode_multipart
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "tests" / "photos"
 KEY = "a-key-for-tests"
+SIDES = ("left", "top", "right", "bottom")
 
 sys.path.insert(0, str(ROOT))
 module = importlib.import_module("facerecognition-external-model")
 
 
-class Service:
+# --------------------------------------------------------------------------- services
+
+
+class Client:
+    """What Nextcloud sends.  Answers are (status, content), with JSON decoded."""
+
+    def detect(self, photo, filename="photo.jpg", **options):
+        form = {"file": (io.BytesIO(photo), filename)}
+        return self.request("/detect", form, **options)
+
+    def compute(self, photo, face, **options):
+        face = face if isinstance(face, str) else json.dumps(face)
+        form = {"file": (io.BytesIO(photo), "photo.jpg"), "face": face}
+        return self.request("/compute", form, **options)
+
+
+class Service(Client):
     """A running service, and a client of it."""
 
     def __init__(self, process, port):
@@ -36,14 +53,9 @@ class Service:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
-    def request(self, path, form=None, key=KEY, headers=None, body=None):
-        """Return (status, answer): JSON decoded, anything else as text.
-
-        A tuple (file, filename) in the form is sent as a file.
-        """
-        headers = dict(headers or {})
-        if key is not None:
-            headers["x-api-key"] = key
+    def request(self, path, form=None, key=KEY):
+        """Send a request; a tuple (file, filename) in the form is sent as a file."""
+        headers, body = {"x-api-key": key} if key is not None else {}, None
         if form is not None:
             form = {
                 name: FileStorage(*value) if type(value) is tuple else value
@@ -53,36 +65,38 @@ class Service:
             headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         request = urllib.request.Request(self.url + path, body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                return answer.status, _content(answer)
+            answer = urllib.request.urlopen(request, timeout=600)
         except urllib.error.HTTPError as error:
-            return error.code, _content(error)
+            answer = error
+        with answer:
+            content = answer.read().decode()
+        is_json = answer.headers.get_content_type() == "application/json"
+        return answer.status, json.loads(content) if is_json else content
 
-    def detect(self, photo, filename="photo.jpg", **options):
-        return self.request(
-            "/detect", {"file": (io.BytesIO(photo), filename)}, **options
-        )
-
-    def compute(self, photo, face, **options):
-        face = face if isinstance(face, str) else json.dumps(face)
-        return self.request(
-            "/compute",
-            {"file": (io.BytesIO(photo), "photo.jpg"), "face": face},
-            **options,
-        )
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def worker(self):
-        """The process id of the one process that answers."""
-        children = Path(
-            f"/proc/{self.process.pid}/task/{self.process.pid}/children"
-        ).read_text()
-        return int(children.split()[0])
+        """Return the id of the one process that answers."""
+        pid = self.process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(child)
 
     def log(self):
-        return Path(self.process.log).read_text()
+        return (self.folder / "log").read_text()
+
+    def stop(self, with_signal=signal.SIGTERM):
+        """End it if it still runs, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(with_signal)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
 
 
-class App(Service):
+class App(Client):
     """The same client for an application in this process, without server and network."""
 
     def __init__(self, model, **settings):
@@ -91,24 +105,24 @@ class App(Service):
         with mock.patch.dict(os.environ, settings):
             self.app = module.create_app()
 
-    def request(self, path, form=None, key=KEY, headers=None, body=None):
-        headers = dict(headers or {})
+    def request(self, path, form=None, key=KEY, **options):
         if key is not None:
-            headers["x-api-key"] = key
+            options["headers"] = {"x-api-key": key}
         if form is not None:
-            headers["Content-Type"] = "multipart/form-data"
-        sent = body if form is None else form
-        answer = self.app.test_client().open(
-            path, method="GET" if sent is None else "POST", data=sent, headers=headers
-        )
+            options |= {"data": form, "content_type": "multipart/form-data"}
+        method = "POST" if "data" in options else "GET"
+        answer = self.app.test_client().open(path, method=method, **options)
         return answer.status_code, answer.json if answer.is_json else answer.text
 
 
-def _content(answer):
-    content = answer.read()
-    if answer.headers.get_content_type() == "application/json":
-        return json.loads(content)
-    return content.decode()
+SERVE = (sys.executable, "facerecognition-external-model.py")
+
+
+def with_constants(**constants):
+    """Return the command of a service with some of the module's constants replaced."""
+    code = "import importlib; m = importlib.import_module(*{}); vars(m).update({}); "
+    code = code.format(["facerecognition-external-model"], constants)
+    return sys.executable, "-c", code + "m.serve()"
 
 
 def free_port():
@@ -118,42 +132,35 @@ def free_port():
 
 
 @contextmanager
-def started(tmp, command=None, port=None, inherit=False, **settings):
-    """Run a service with these settings; its temporary files and log are in ``tmp``."""
-    port = port or free_port()
-    temporary = tmp / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
-    environ = {
-        **os.environ,
+def started(folder, command=SERVE, port=None, prefix=(), inherit=False, **settings):
+    """Run a service with these settings; its log and temporary files are in a folder.
+
+    With ``inherit``, it gets the files that are open here and inheritable.
+    """
+    service = Service(None, port or free_port())
+    service.folder, service.tmp = folder, folder / "tmp"
+    service.tmp.mkdir(parents=True, exist_ok=True)
+    settings = {
         "API_KEY": KEY,
         "HOST": "127.0.0.1",
-        "PORT": str(port),
-        "TMPDIR": str(temporary),
-        **{name: str(value) for name, value in settings.items()},
-    }
-    with open(tmp / "log", "a") as log:
-        process = subprocess.Popen(
-            command or [sys.executable, "facerecognition-external-model.py"],
+        "PORT": service.port,
+        "TMPDIR": service.tmp,
+    } | settings
+    with open(folder / "log", "a") as log:
+        service.process = subprocess.Popen(
+            [*prefix, *command],
             cwd=ROOT,
-            env=environ,
+            env=os.environ | {name: str(value) for name, value in settings.items()},
             stdout=log,
             stderr=log,
             start_new_session=True,
             close_fds=not inherit,
         )
-    process.log = tmp / "log"
-    service = Service(process, port)
     try:
         wait_until_up(service)
         yield service
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+        service.stop()
 
 
 def wait_until_up(service):
@@ -165,6 +172,36 @@ def wait_until_up(service):
             assert service.process.poll() is None, service.log()
             time.sleep(0.05)
     raise AssertionError("the service does not answer")
+
+
+def wait_for(condition, seconds=60):
+    """Return what ``condition()`` returns, once that is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+    return found
+
+
+def refused(answer, status, words=""):
+    """Check that the answer is that error, as JSON that says what is wrong."""
+    assert answer[0] == status, answer
+    assert list(answer[1]) == ["error"] and len(answer[1]["error"]) > 20
+    assert words in answer[1]["error"]
+
+
+def upload(content, key=KEY, filename="secret-name.jpg", path="/detect"):
+    """The bytes of a request, for a raw socket."""
+    field = f'Content-Disposition: form-data; name="file"; filename="{filename}"'
+    form = b"--b\r\n%b\r\n\r\n%b\r\n--b--\r\n" % (field.encode(), content)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\nContent-Length:"
+        f" {len(form)}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
+    )
+    return head.encode() + form
+
+
+# ----------------------------------------------------------------------------- photos
 
 
 def photo(name):
@@ -200,11 +237,19 @@ def group():
 
 
 def box(face):
-    return tuple(face[side] for side in ("left", "top", "right", "bottom"))
+    return tuple(face[side] for side in SIDES)
 
 
 def distance(a, b):
     return sum((x - y) ** 2 for x, y in zip(a["descriptor"], b["descriptor"])) ** 0.5
+
+
+def same(one, other):
+    """Whether two answers tell the same faces."""
+    return len(one["faces"]) == len(other["faces"]) and all(
+        box(a) == box(b) and a["landmarks"] == b["landmarks"] and distance(a, b) < 1e-5
+        for a, b in zip(one["faces"], other["faces"])
+    )
 
 
 def overlap(a, b):
@@ -212,24 +257,11 @@ def overlap(a, b):
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     common = max(width, 0) * max(height, 0)
-    return common / (
-        (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
-    )
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (a, b)]
+    return common / (sum(areas) - common)
 
 
-def upload(content, key=KEY):
-    """The bytes of a /detect request, for a raw socket."""
-    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="secret-name.jpg"\r\n\r\n%b\r\n--b--\r\n'
-    form %= content
-    return (
-        b"POST /detect HTTP/1.1\r\nHost: x\r\nx-api-key: %b\r\nContent-Length: %d\r\n"
-        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
-        % (key.encode(), len(form))
-    ) + form
-
-
-def connect(service):
-    return socket.create_connection(("127.0.0.1", service.port), timeout=60)
+# ----------------------------------------------------------------------------- memory
 
 
 @contextmanager
