@@ -122,20 +122,19 @@ def test_an_answer_is_the_same_alone_and_among_others(each_app):
 
 
 @pytest.mark.parametrize(
-    "sides, expected",
+    "sides",
     [
-        ((-150, -150, 50, 50), 200),  # partly outside: dlib takes that for black
-        ((900, 1000, 1100, 1200), 200),
-        ((-(10**6), -(10**6), 10**6, 10**6), 200),
-        ((400, 400, 400, 400), 200),
-        ((374.6, 154.4, 610.9, 390.0), 200),
-        ((5000, 5000, 5200, 5200), 400),
+        (-150, -150, 50, 50),
+        (900, 1000, 1100, 1200),
+        (-(10**6), -(10**6), 10**6, 10**6),
+        (400, 400, 400, 400),
+        (374.6, 154.4, 610.9, 390.0),
+        (5000, 5000, 5200, 5200),
     ],
 )
-def test_a_face_is_described_unless_it_is_far_outside(app, sides, expected):
+def test_a_face_is_described_wherever_it_is(app, sides):
+    """What lies outside of the photo is black, as dlib has it."""
     sent = dict(zip(SIDES, sides)) | {"confidence": 1.5}
     status, answer = app.compute(photo("obama.jpg"), sent)
-    assert status == expected
-    if status == 200:
-        assert len(answer["face"]["descriptor"]) == 128
-        assert answer["face"].items() >= sent.items()
+    assert status == 200 and len(answer["face"]["descriptor"]) == 128
+    assert answer["face"].items() >= sent.items()

@@ -83,10 +83,10 @@ def test_load(start):
 def test_first_come_first_served(monkeypatch):
     app, order, gate = App(3, PHOTOS_AT_ONCE="1"), [], threading.Event()
     monkeypatch.setattr(
-        module, "analyse", lambda models, image, *_: order.append(image.width) or []
+        module, "analyse", lambda _, image, *rest: order.append(image.width) or []
     )
     with ThreadPoolExecutor(20) as clients:
-        clients.submit(app.app.config["RUN"], lambda models: gate.wait(60))
+        app.app.config["THREADS"][0].submit(gate.wait, 60)
         for width in range(20, 35):
             clients.submit(app.detect, encoded(Image.new("L", (width, 20))))
             time.sleep(0.05)

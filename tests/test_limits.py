@@ -97,7 +97,7 @@ def test_settings_go_before_what_memory_holds(configured):
 def test_what_memory_is_not_enough_for_is_one_line(configured, megabytes, settings):
     with pytest.raises(SystemExit) as stopped:
         configured(megabytes, **settings)
-    for word in ("Memory", "PHOTOS_AT_ONCE", "MAXIMUM_AREA"):
+    for word in ("memory", "PHOTOS_AT_ONCE", "MAXIMUM_AREA"):
         assert word in stopped.value.code and "\n" not in stopped.value.code
 
 
@@ -151,8 +151,9 @@ def test_a_face_of_an_original_is_described_as_in_the_whole(app, megapixels, opt
     image = module.open_photo(io.BytesIO(content))
     pixels = module.decode(image, (0, 0, *image.size))
     rectangles = [module.dlib.rectangle(*box) for box in boxes]
-    models = module.load_model_set(1)
-    whole = module.describe_faces(models, pixels, rectangles)
+    _, lend = app.app.config["THREADS"]
+    with lend() as models:
+        whole = module.describe_faces(models, pixels, rectangles)
     for box, (landmarks, descriptor) in zip(boxes, whole):
         status, answer = app.compute(content, dict(zip(SIDES, box)))
         assert status == 200
@@ -279,21 +280,6 @@ def test_a_photo_that_memory_does_not_hold(start):
         status, answer = service.detect(SMALL)
         assert (status, answer["faces-count"]) == (200, 1)
     assert ": 507, No memory" in service.log()
-
-
-def test_a_start_without_memory_ends(monkeypatch):
-    """Also if the models of one thread of several can't be loaded."""
-    loaded = []
-
-    def load(face_model):
-        loaded.append(face_model)
-        if len(loaded) == 2:
-            raise MemoryError("refused")
-
-    monkeypatch.setattr(module, "load_model_set", load)
-    monkeypatch.setattr(module, "read_settings", None)
-    with ThreadPoolExecutor(1) as thread, pytest.raises(MemoryError):
-        thread.submit(module.start_threads, 1, 3).result(10)
 
 
 def test_many_parts_of_a_form_do_not_stay_in_memory(service):

