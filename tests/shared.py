@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -23,30 +25,14 @@ from werkzeug.test import encode_multipart
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "tests" / "photos"
 KEY = "a-key-for-tests"
-SIDES = ("left", "top", "right", "bottom")
+SERVE = (sys.executable, "facerecognition-external-model.py")
 
 sys.path.insert(0, str(ROOT))
 module = importlib.import_module("facerecognition-external-model")
 
 
-# --------------------------------------------------------------------------- services
-
-
-class Client:
-    """What Nextcloud sends.  Answers are (status, content), with JSON decoded."""
-
-    def detect(self, photo, filename="photo.jpg", **options):
-        form = {"file": (io.BytesIO(photo), filename)}
-        return self.request("/detect", form, **options)
-
-    def compute(self, photo, face, **options):
-        face = face if isinstance(face, str) else json.dumps(face)
-        form = {"file": (io.BytesIO(photo), "photo.jpg"), "face": face}
-        return self.request("/compute", form, **options)
-
-
-class Service(Client):
-    """A running service, and a client of it."""
+class Service:
+    """A running service, and a client of it; its answers are (status, content)."""
 
     def __init__(self, process, port):
         self.process = process
@@ -73,6 +59,15 @@ class Service(Client):
         is_json = answer.headers.get_content_type() == "application/json"
         return answer.status, json.loads(content) if is_json else content
 
+    def detect(self, photo, filename="photo.jpg", **options):
+        form = {"file": (io.BytesIO(photo), filename)}
+        return self.request("/detect", form, **options)
+
+    def compute(self, photo, face, **options):
+        face = face if isinstance(face, str) else json.dumps(face)
+        form = {"file": (io.BytesIO(photo), "photo.jpg"), "face": face}
+        return self.request("/compute", form, **options)
+
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
@@ -85,10 +80,9 @@ class Service(Client):
     def log(self):
         return (self.folder / "log").read_text()
 
-    def stop(self, with_signal=signal.SIGTERM):
+    def stop(self):
         """End it if it still runs, and return its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(with_signal)
+        self.process.terminate()
         try:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:
@@ -96,7 +90,7 @@ class Service(Client):
             raise
 
 
-class App(Client):
+class App(Service):
     """The same client for an application in this process, without server and network."""
 
     def __init__(self, model, **settings):
@@ -105,24 +99,13 @@ class App(Client):
         with mock.patch.dict(os.environ, settings):
             self.app = module.create_app()
 
-    def request(self, path, form=None, key=KEY, **options):
-        if key is not None:
-            options["headers"] = {"x-api-key": key}
+    def request(self, path, form=None, key=KEY):
+        options = {"headers": {"x-api-key": key}} if key is not None else {}
         if form is not None:
             options |= {"data": form, "content_type": "multipart/form-data"}
-        method = "POST" if "data" in options else "GET"
-        answer = self.app.test_client().open(path, method=method, **options)
+        client, method = self.app.test_client(), "GET" if form is None else "POST"
+        answer = client.open(path, method=method, **options)
         return answer.status_code, answer.json if answer.is_json else answer.text
-
-
-SERVE = (sys.executable, "facerecognition-external-model.py")
-
-
-def with_constants(**constants):
-    """Return the command of a service with some of the module's constants replaced."""
-    code = "import importlib; m = importlib.import_module(*{}); vars(m).update({}); "
-    code = code.format(["facerecognition-external-model"], constants)
-    return sys.executable, "-c", code + "m.serve()"
 
 
 def free_port():
@@ -132,20 +115,19 @@ def free_port():
 
 
 @contextmanager
-def started(folder, command=SERVE, port=None, prefix=(), inherit=False, **settings):
+def started(
+    folder, command=SERVE, port=None, url=None, prefix=(), inherit=False, **settings
+):
     """Run a service with these settings; its log and temporary files are in a folder.
 
     With ``inherit``, it gets the files that are open here and inheritable.
     """
     service = Service(None, port or free_port())
+    service.url = url or service.url
     service.folder, service.tmp = folder, folder / "tmp"
     service.tmp.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "API_KEY": KEY,
-        "HOST": "127.0.0.1",
-        "PORT": service.port,
-        "TMPDIR": service.tmp,
-    } | settings
+    defaults = {"API_KEY": KEY, "HOST": "127.0.0.1", "TMPDIR": service.tmp}
+    settings = defaults | {"PORT": service.port} | settings
     with open(folder / "log", "a") as log:
         service.process = subprocess.Popen(
             [*prefix, *command],
@@ -157,21 +139,18 @@ def started(folder, command=SERVE, port=None, prefix=(), inherit=False, **settin
             close_fds=not inherit,
         )
     try:
-        wait_until_up(service)
+        wait_for(lambda: answers(service))
         yield service
     finally:
         service.stop()
 
 
-def wait_until_up(service):
-    for _ in range(600):
-        try:
-            assert service.request("/health", key=None) == (200, "ok")
-            return
-        except OSError:
-            assert service.process.poll() is None, service.log()
-            time.sleep(0.05)
-    raise AssertionError("the service does not answer")
+def answers(service):
+    assert service.process.poll() is None, service.log()
+    try:
+        return service.request("/health", key=None) == (200, "ok")
+    except OSError:
+        time.sleep(0.05)
 
 
 def wait_for(condition, seconds=60):
@@ -183,6 +162,30 @@ def wait_for(condition, seconds=60):
     return found
 
 
+def seconds(service):
+    """Return how long an honest client's small photo takes: the median of several."""
+    taken = []
+    for _ in range(9):
+        began = time.monotonic()
+        assert service.detect(SMALL)[0] == 200
+        taken.append(time.monotonic() - began)
+    return sorted(taken)[4]
+
+
+@contextmanager
+def threads(work, count=1):
+    """Have so many threads call ``work(stopped)``, until that event is set."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(count) as pool:
+        done = [pool.submit(work, stopped) for _ in range(count)]
+        try:
+            yield
+        finally:
+            stopped.set()
+    for thread in done:
+        thread.result()
+
+
 def refused(answer, status, words=""):
     """Check that the answer is that error, as JSON that says what is wrong."""
     assert answer[0] == status, answer
@@ -190,25 +193,20 @@ def refused(answer, status, words=""):
     assert words in answer[1]["error"]
 
 
-def upload(content, key=KEY, filename="secret-name.jpg", path="/detect"):
-    """The bytes of a request, for a raw socket."""
-    field = f'Content-Disposition: form-data; name="file"; filename="{filename}"'
-    form = b"--b\r\n%b\r\n\r\n%b\r\n--b--\r\n" % (field.encode(), content)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\nContent-Length:"
-        f" {len(form)}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
-    )
+def upload(content, key=KEY):
+    """The bytes of a /detect request, for a raw socket."""
+    field = b'Content-Disposition: form-data; name="file"; filename="secret-name.jpg"'
+    form = b"--b\r\n%b\r\n\r\n%b\r\n--b--\r\n" % (field, content)
+    head = f"POST /detect HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\nContent-Length:"
+    head += f" {len(form)}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
     return head.encode() + form
-
-
-# ----------------------------------------------------------------------------- photos
 
 
 def photo(name):
     return (PHOTOS / name).read_bytes()
 
 
-def picture(name):
+def picture(name="obama.jpg"):
     return Image.open(PHOTOS / name).convert("RGB")
 
 
@@ -221,6 +219,9 @@ def encoded(image, format="JPEG", **options):
 def scaled(image, megapixels):
     factor = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
     return image.resize((round(image.width * factor), round(image.height * factor)))
+
+
+SMALL = encoded(scaled(picture(), 0.1))
 
 
 def group():
@@ -236,8 +237,12 @@ def group():
     return together
 
 
+def face_in(box):
+    return dict(zip(("left", "top", "right", "bottom"), box))
+
+
 def box(face):
-    return tuple(face[side] for side in SIDES)
+    return tuple(face[side] for side in ("left", "top", "right", "bottom"))
 
 
 def distance(a, b):
@@ -246,9 +251,10 @@ def distance(a, b):
 
 def same(one, other):
     """Whether two answers tell the same faces."""
-    return len(one["faces"]) == len(other["faces"]) and all(
+    pairs = list(zip(one["faces"], other["faces"]))
+    return len(pairs) == one["faces-count"] == other["faces-count"] and all(
         box(a) == box(b) and a["landmarks"] == b["landmarks"] and distance(a, b) < 1e-5
-        for a, b in zip(one["faces"], other["faces"])
+        for a, b in pairs
     )
 
 
@@ -261,31 +267,27 @@ def overlap(a, b):
     return common / (sum(areas) - common)
 
 
-# ----------------------------------------------------------------------------- memory
-
-
 @contextmanager
 def memory_limit(megabytes):
     """Yield a command prefix that runs a command in a cgroup with a memory limit."""
-    for root, limit in (
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-        ("/sys/fs/cgroup", "memory.max"),
-    ):
-        group = Path(root, f"facerecognition-{os.getpid()}")
+    for path in "memory/{}/memory.limit_in_bytes", "{}/memory.max":
+        limit = Path("/sys/fs/cgroup", path.format(f"facerecognition-{os.getpid()}"))
         try:
-            group.mkdir()
-            (group / limit).write_text(str(megabytes << 20))
+            limit.parent.mkdir()
+            limit.write_text(str(megabytes << 20))
+            break
         except OSError:
             continue
-        try:
-            yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
-        finally:
-            group.rmdir()
-        return
-    pytest.skip("no control group for memory can be made here")
+    else:
+        pytest.skip("no control group for memory can be made here")
+    join = f'echo $$ > {limit.parent}/cgroup.procs && exec "$@"'
+    try:
+        yield ["sh", "-c", join, "sh"]
+    finally:
+        limit.parent.rmdir()
 
 
-def memory(pid, kind):
+def memory(pid, kind="VmRSS"):
     """Return the megabytes of a process: resident now (VmRSS) or at most (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(kind):

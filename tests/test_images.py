@@ -2,25 +2,15 @@
 
 import io
 import random
-import struct
 from pathlib import Path
 
 import dlib
 import numpy as np
 import pytest
+import shared
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from shared import (
-    PHOTOS,
-    box,
-    encoded,
-    module,
-    overlap,
-    photo,
-    picture,
-    refused,
-    scaled,
-)
+from shared import SMALL, encoded, module, picture, refused, scaled
 
 FRAME = (370, 140, 620, 400)  # of the face in obama.jpg
 
@@ -30,15 +20,12 @@ def pixels(content):
     return module.decode(image, (0, 0, *image.size))
 
 
-def small():
-    return scaled(picture("obama.jpg"), 0.05)
-
-
-# ----------------------------------------------------------------- whole photos
+def tiny(mode="RGB"):
+    return scaled(picture(), 0.02).convert(mode)
 
 
 @pytest.mark.parametrize(
-    "file", sorted(PHOTOS.glob("[!.]*.*g")), ids=lambda file: file.name
+    "file", sorted(shared.PHOTOS.glob("*.*g")), ids=lambda file: file.name
 )
 def test_the_same_as_dlib_loads(file):
     expected = dlib.load_rgb_image(str(file)).astype(int)
@@ -51,7 +38,7 @@ def test_the_same_as_dlib_loads(file):
 
 
 def test_transparency_as_dlib_blends_it(tmp_path):
-    rgba = small().convert("RGBA")
+    rgba = tiny("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
     rgba.save(tmp_path / "a.png")
     expected = dlib.load_rgb_image(str(tmp_path / "a.png"))
@@ -63,10 +50,8 @@ def test_what_is_transparent_is_black(mode):
     image, options = Image.new("RGBA", (64, 64), "white"), {}
     image.paste((255, 255, 255, 0), (0, 0, 32, 64))
     if mode in ("1", "L", "RGB"):  # one colour is declared transparent
-        image.paste((255, 254, 255), (0, 0, 32, 64))
-        options["transparency"] = {"1": 0, "L": 254}.get(mode, (255, 254, 255))
-    if mode == "1":
-        image.paste("black", (0, 0, 32, 64))
+        image.paste("black" if mode == "1" else "silver", (0, 0, 32, 64))
+        options["transparency"] = {"1": 0, "L": 192}.get(mode, (192, 192, 192))
     image = image.quantize(4) if mode == "P" else image.convert(mode)
     seen = pixels(encoded(image, "PNG", **options))
     assert (seen[:, 32:] == 255).all() and not seen[:, :32].any()
@@ -80,14 +65,14 @@ def test_what_is_transparent_is_black(mode):
     ],
 )
 def test_modes_and_formats(mode, format):
-    image = small().convert(mode)
+    image = scaled(picture(), 0.05).convert(mode)
     seen = pixels(encoded(image, format)).astype(int)
     assert seen.shape == (image.height, image.width, 3)
     assert np.abs(seen - np.asarray(image.convert("RGB"))).mean() < 5
 
 
 def test_16_bit_grey_is_scaled_and_not_cut_off():
-    grey = np.asarray(small().convert("L")).astype(np.uint16)
+    grey = np.asarray(tiny("L")).astype(np.uint16)
     seen = pixels(encoded(Image.fromarray(grey * 257), "PNG"))
     assert np.array_equal(seen, grey[..., np.newaxis].repeat(3, 2))
 
@@ -102,7 +87,7 @@ def test_the_first_frame_of_several(format):
 
 @pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGBA", "PNG")])
 def test_a_region_is_cut_out_of_the_whole(mode, format):
-    content = encoded(small().convert(mode), format)
+    content = encoded(tiny(mode), format)
     region = module.decode(module.open_photo(io.BytesIO(content)), (20, 10, 90, 101))
     assert np.array_equal(region, pixels(content)[10:101, 20:90])
 
@@ -111,13 +96,12 @@ def test_a_region_is_cut_out_of_the_whole(mode, format):
     "markers", [b"", b"\xff\xd9", b"\xff\xd8\xff\xe1", b"\xff\xda"]
 )
 def test_a_motion_photo(app, markers):
-    """A JPEG with seven megabytes of video after its end."""
+    """A JPEG with seven megabytes of video after its end, with markers or without."""
     video = b"\0\0\0\x18ftypmp42" + random.Random(1).randbytes(7_000_000)
     video = video.replace(b"\xff", b"\xfe") + markers * 100
-    for content in (photo("obama.jpg") + video, encoded(picture("obama.jpg")) + video):
-        status, answer = app.detect(content)
-        assert (status, answer["faces-count"]) == (200, 1)
-        assert overlap(box(answer["faces"][0]), FRAME) > 0.5
+    status, answer = app.detect(shared.photo("obama.jpg") + video)
+    assert (status, answer["faces-count"]) == (200, 1)
+    assert shared.overlap(shared.box(answer["faces"][0]), FRAME) > 0.5
 
 
 # ------------------------------------------------------------- photos cut short
@@ -127,20 +111,18 @@ def test_a_motion_photo(app, markers):
 @pytest.mark.parametrize("part", [0.5, 0.7, 0.99])
 def test_a_jpeg_cut_short_is_decoded_as_far_as_it_goes(app, progressive, part):
     """Its rest is grey, or coarse; cut after 0xFF, too, as if in a marker."""
-    whole = encoded(picture("obama.jpg"), quality=90, progressive=progressive)
-    end = int(len(whole) * part)
-    for cut in (end, whole.index(b"\xff", end) + 1):
-        status, answer = app.detect(whole[:cut])
+    whole = encoded(picture(), quality=90, progressive=progressive)
+    cut = int(len(whole) * part)
+    for content in (whole[:cut], whole[: whole.index(b"\xff", cut) + 1]):
+        status, answer = app.detect(content)
         assert (status, answer["faces-count"]) == (200, 1)
         face = answer["faces"][0]
-        assert overlap(box(face), FRAME) > 0.5
-        assert app.compute(whole[:cut], face)[1]["face"] == face
+        assert shared.overlap(shared.box(face), FRAME) > 0.5
+        assert app.compute(content, face)[1]["face"] == face
 
 
 def test_where_a_jpeg_is_cut_decides_only_how_much_is_seen():
-    """From its first line on, it is decoded, with what the reference's libjpeg sees."""
-    image = scaled(picture("obama.jpg"), 0.02)
-    whole = encoded(image, quality=90)
+    whole = encoded(tiny(), quality=90)
     start = whole.index(b"\xff\xda") + 20
     seen = [pixels(whole[:cut]) for cut in range(start, len(whole), 97)]
     differences = [np.abs(one.astype(int) - pixels(whole)).mean() for one in seen]
@@ -149,35 +131,26 @@ def test_where_a_jpeg_is_cut_decides_only_how_much_is_seen():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
 def test_400_if_nothing_can_be_decoded(app, format):
-    whole = encoded(scaled(picture("obama.jpg"), 0.1), format)
+    whole = encoded(scaled(picture(), 0.1), format)
     assert app.detect(whole)[0] == 200
     for end in (12, 20, 100) if format == "JPEG" else (12, 20, 50, len(whole) // 2):
         refused(app.detect(whole[:end]), 400, "broken")
-
-
-def test_400_for_an_empty_file_and_a_wrong_checksum(app):
     refused(app.detect(b""), 400)
-    content = bytearray(encoded(scaled(picture("obama.jpg"), 0.1), "PNG"))
-    content[len(content) // 2] ^= 0xFF
-    refused(app.detect(bytes(content)), 400)
 
 
 # ------------------------------------------------- what no photo library holds
-
-
-@pytest.mark.parametrize("format", ["TIFF", "AVIF", "PDF", "ICO", "PPM"])
-def test_415_for_other_formats(app, format):
-    refused(app.detect(encoded(small(), format)), 415, "WEBP")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *(b"hello", b"x", bytes(5000), b"%!PS-Adobe-3.0 EPSF-3.0\n"),
-        b"RIFF" + struct.pack("<L", 36) + b"WAVEfmt " + bytes(28),
+        b"RIFF\x24\0\0\0WAVEfmt " + bytes(28),
+        *("TIFF", "AVIF", "PDF", "ICO", "PPM"),
     ],
 )
 def test_415_for_other_files(app, content):
+    content = content if isinstance(content, bytes) else encoded(tiny(), content)
     refused(app.detect(content), 415, "WEBP")
     refused(app.compute(content, '{"left":1,"top":1,"right":9,"bottom":9}'), 415)
 
@@ -191,9 +164,7 @@ def damaged(content, chance):
         if what == 0 and content[i:]:
             content[i] ^= 1 << chance.randrange(8)
         elif what == 1:
-            content[i : i + 4] = chance.choice(
-                (bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff")
-            )
+            content[i : i + 4] = chance.choice((b"\0", b"\xff", b"\x7f")) * 4
         elif what == 2:
             del content[i : i + chance.randrange(1, 50)]
         else:
@@ -203,9 +174,8 @@ def damaged(content, chance):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_broken_images_are_the_clients_errors(app, seed):
-    """Half of them are above half a megabyte, and so read from a file."""
-    chance = random.Random(seed)
-    image = scaled(picture("obama.jpg"), 0.02)
+    """Some of them are above half a megabyte, and so read from a file."""
+    chance, image = random.Random(seed), tiny()
     noise = Image.merge("RGB", [Image.effect_noise((540, 400), 90) for _ in range(3)])
     whole = [encoded(image, format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
     whole += [
@@ -223,15 +193,15 @@ def test_broken_images_are_the_clients_errors(app, seed):
         content = damaged(chance.choice(whole), chance)
         status, answer = app.detect(content)
         assert status in (200, 400, 412, 415), (answer, content[:100])
+    assert app.detect(SMALL)[1]["faces-count"] == 1
 
 
 def test_small_files_that_decode_to_much(app):
-    exif = Image.Exif()
+    exif, text = Image.Exif(), PngInfo()
     exif[0x010E] = "x" * 60_000
-    assert app.detect(encoded(small(), exif=exif))[0] == 200
-    text = PngInfo()
     text.add_text("bomb", "x" * 50_000_000, zip=True)
-    assert app.detect(encoded(small(), "PNG", pnginfo=text))[0] in (200, 400)
+    assert app.detect(encoded(tiny(), exif=exif))[0] == 200
+    assert app.detect(encoded(tiny(), "PNG", pnginfo=text))[0] in (200, 400)
     frames = [Image.new("L", (500, 500), i) for i in range(256)]
     many = encoded(frames[0], "GIF", save_all=True, append_images=frames)
     assert app.detect(many)[0] == 200

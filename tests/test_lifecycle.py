@@ -1,53 +1,57 @@
 """Load, starts, stops and outages: no photo is lost."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
 import socket
-import struct
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+import shared
 from PIL import Image
-from shared import (
-    KEY,
-    ROOT,
-    SERVE,
-    App,
-    encoded,
-    free_port,
-    group,
-    memory,
-    module,
-    photo,
-    picture,
-    same,
-    scaled,
-    upload,
-    wait_for,
-    wait_until_up,
-    with_constants,
-)
+from shared import KEY, SERVE, SMALL, App, encoded, picture, upload, wait_for
 from test_limits import open_files
 
-SMALL = encoded(scaled(picture("obama.jpg"), 0.1))
-LARGE = encoded(scaled(picture("obama.jpg"), 1))
+LARGE = encoded(shared.scaled(picture(), 1))
 
 
 def silence(seconds):
     """Return the command of a service that drops silent clients after that long."""
-    return with_constants(SILENCE=struct.pack("ll", seconds, 0))
+    code = "import importlib, struct; m = importlib.import_module('{}'); m.SILENCE = "
+    code += "struct.pack('ll', {}, 0); m.serve()"
+    return sys.executable, "-c", code.format("facerecognition-external-model", seconds)
 
 
 def analysed(service):
     return service.log().count(" pixels; waited ")
+
+
+@contextmanager
+def jobs(service):
+    """Four clients that send photo after photo, and never again; yields the statuses."""
+    seen = []
+
+    def send(stopped):
+        while not stopped.is_set():
+            try:
+                seen.append(service.detect(SMALL)[0])
+            except OSError as error:
+                seen.append(repr(error))
+
+    with shared.threads(send, 4):
+        yield seen
+
+
+def wait_for_more(seen, count=5):
+    enough = len(seen) + count
+    wait_for(lambda: len(seen) > enough)
 
 
 # -------------------------------------------------------------------------------- load
@@ -56,15 +60,20 @@ def analysed(service):
 def test_load(start):
     """Of many clients: the answers are those without load, and nothing grows."""
     chance = random.Random(4)
-    photos = [photo("astronaut.png"), encoded(group(), quality=95)]
-    photos.append(encoded(Image.new("RGB", (700, 500))))
-    photos += [encoded(scaled(picture("obama2.jpg"), size)) for size in (0.05, 0.2, 1)]
+    photos = [
+        encoded(shared.group(), quality=95),
+        encoded(Image.new("RGB", (700, 500))),
+        LARGE,
+    ]
+    photos += [
+        encoded(shared.scaled(picture("obama2.jpg"), size)) for size in (0.05, 0.1, 0.2)
+    ]
     service = start()
     alone = [service.detect(content)[1] for content in photos]
 
     def send(i):
         status, answer = service.detect(photos[i])
-        assert status == 200 and same(answer, alone[i])
+        assert status == 200 and shared.same(answer, alone[i])
 
     def run(count):
         """Send photos; return megabytes, files and threads afterwards."""
@@ -72,7 +81,7 @@ def test_load(start):
             list(clients.map(send, chance.choices(range(len(photos)), k=count)))
         pid = service.worker()
         threads = len(os.listdir(f"/proc/{pid}/task"))
-        return memory(pid, "VmRSS"), len(open_files(pid)), threads
+        return shared.memory(pid), len(open_files(pid)), threads
 
     before, after = run(30), run(60)
     assert after[0] < before[0] * 1.1 + 50
@@ -83,7 +92,7 @@ def test_load(start):
 def test_first_come_first_served(monkeypatch):
     app, order, gate = App(3, PHOTOS_AT_ONCE="1"), [], threading.Event()
     monkeypatch.setattr(
-        module, "analyse", lambda _, image, *rest: order.append(image.width) or []
+        shared.module, "analyse", lambda _, image, *rest: order.append(image.width) or []
     )
     with ThreadPoolExecutor(20) as clients:
         app.app.config["THREADS"][0].submit(gate.wait, 60)
@@ -94,17 +103,17 @@ def test_first_come_first_served(monkeypatch):
     assert order == list(range(20, 35))
 
 
-# ------------------------------------------------------------------------------- stops
+# --------------------------------------------------------------------- starts and stops
 
 
 def test_sigterm_finishes_photos_in_flight_and_queued(start):
     service = start()
     with ThreadPoolExecutor(6) as clients:
-        answers = [clients.submit(service.detect, LARGE) for _ in range(6)]
+        sent = [clients.submit(service.detect, LARGE) for _ in range(6)]
         wait_for(lambda: analysed(service) > 0)
         service.process.terminate()
-        assert not all(answer.done() for answer in answers)
-        assert [answer.result()[0] for answer in answers] == [200] * 6
+        assert not all(answer.done() for answer in sent)
+        assert [answer.result()[0] for answer in sent] == [200] * 6
     assert service.stop() == 0
     assert start(port=service.port).detect(SMALL)[0] == 200
 
@@ -113,20 +122,20 @@ def test_a_closed_terminal_ends_it_in_order(start):
     """SIGHUP goes to all of its processes."""
     service = start()
     with ThreadPoolExecutor(4) as clients:
-        answers = [clients.submit(service.detect, LARGE) for _ in range(4)]
+        sent = [clients.submit(service.detect, LARGE) for _ in range(4)]
         wait_for(lambda: analysed(service) > 0)
         os.killpg(service.process.pid, signal.SIGHUP)
         assert service.process.wait(60) == 0
-        assert [answer.result()[0] for answer in answers] == [200] * 4
+        assert [answer.result()[0] for answer in sent] == [200] * 4
     assert "Traceback" not in service.log() and "ERROR" not in service.log()
 
 
 @pytest.mark.parametrize("delay", [0, 0.1, 0.3, 0.6])
 def test_sigterm_as_soon_as_it_listens(tmp_path, delay):
     log = tmp_path / "log"
-    environ = os.environ | {"API_KEY": KEY, "PORT": str(free_port())}
+    environ = os.environ | {"API_KEY": KEY, "PORT": str(shared.free_port())}
     with log.open("w") as output:
-        process = subprocess.Popen(SERVE, cwd=ROOT, env=environ, stderr=output)
+        process = subprocess.Popen(SERVE, cwd=shared.ROOT, env=environ, stderr=output)
     wait_for(lambda: "Listening" in log.read_text())
     time.sleep(delay)
     process.terminate()
@@ -137,7 +146,7 @@ def test_a_killed_worker_process_is_replaced(start):
     service = start()
     os.kill(service.worker(), signal.SIGKILL)
     wait_for(lambda: service.log().count("Booting worker") == 2)
-    wait_until_up(service)
+    wait_for(lambda: shared.answers(service))
     assert service.detect(SMALL)[0] == 200
     assert "SIGKILL" in service.log()
 
@@ -146,6 +155,40 @@ def test_one_worker_process_whatever_the_environment_says(start):
     service = start(WEB_CONCURRENCY=4, GUNICORN_CMD_ARGS="--workers 3")
     time.sleep(0.5)
     assert service.log().count("Booting worker") == 1 and service.worker()
+
+
+@pytest.mark.parametrize(
+    "prefix, host, port, words",
+    [
+        ([], "127.0.0.1", None, "in use"),
+        ([], "192.0.2.1", 5000, "HOST '192.0.2.1'"),
+        (["setpriv", "--bounding-set=-net_bind_service"], "127.0.0.1", 80, "PORT 80"),
+    ],
+    ids=["a port in use", "an address of another machine", "a port below 1024"],
+)
+def test_one_line_if_it_cannot_listen(service, prefix, host, port, words):
+    if prefix and (os.geteuid() or not shutil.which(prefix[0])):
+        pytest.skip("needs root and setpriv (apt install util-linux)")
+    settings = {"API_KEY": KEY, "FACE_MODEL": "3", "HOST": host}
+    done = subprocess.run(
+        [*prefix, *SERVE],
+        cwd=shared.ROOT,
+        env=os.environ | settings | {"PORT": str(port or service.port)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 1 and words in line and "PORT" in line
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("host", ["", "::"])
+def test_all_addresses_of_ipv4_and_ipv6(start, host):
+    service = start(HOST=host, FACE_MODEL=3)
+    for address in ("127.0.0.1", "[::1]"):
+        service.url = f"http://{address}:{service.port}"
+        assert service.request("/health") == (200, "ok")
 
 
 # ---------------------------------------------------------------------------- restarts
@@ -161,44 +204,19 @@ def held_address():
         yield options | {"port": listener.getsockname()[1]}
 
 
-@contextmanager
-def jobs(service, count=4):
-    """Clients that send photo after photo, and never again; yields the statuses."""
-    seen, stopped = [], threading.Event()
-
-    def send():
-        while not stopped.is_set():
-            try:
-                seen.append(service.detect(SMALL)[0])
-            except OSError as error:
-                seen.append(repr(error))
-
-    threads = [threading.Thread(target=send) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield seen
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join()
-
-
 def test_restarts_with_a_held_address_lose_nothing(start):
     """Three restarts; a client that connects while nothing runs is answered, too."""
-    with held_address() as options, ExitStack() as stack:
+    with held_address() as options:
         service = start(**options)
-        seen = stack.enter_context(jobs(service))
-        for _ in range(3):
-            answered = len(seen)
-            wait_for(lambda n=answered: len(seen) > n + 5)
-            assert service.stop() == 0
-            with service.connect() as client:
-                client.sendall(upload(SMALL))
-                time.sleep(0.3)
-                service = start(**options)
-                assert b"HTTP/1.1 200" in client.makefile("rb").readline()
-        stack.close()
+        with jobs(service) as seen:
+            for _ in range(3):
+                wait_for_more(seen)
+                assert service.stop() == 0
+                with service.connect() as client:
+                    client.sendall(upload(SMALL))
+                    time.sleep(0.3)
+                    service = start(**options)
+                    assert b"HTTP/1.1 200" in client.makefile("rb").readline()
     assert set(seen) == {200} and len(seen) > 20
 
 
@@ -207,7 +225,7 @@ def test_restarts_with_a_held_address_lose_nothing(start):
 )
 def test_systemd_starts_it(start):
     """At the first connection, which waits until it is answered."""
-    port = free_port()
+    port = shared.free_port()
     command = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}"]
     for name in ("API_KEY", "FACE_MODEL", "PATH", "TMPDIR"):
         command += ["-E", name]
@@ -221,32 +239,20 @@ def test_systemd_starts_it(start):
 
 def test_600_silent_clients_delay_nobody_and_are_dropped(start):
     """With half a header, or half a body; each is at most a line in the log."""
-    service = start(command=silence(4))
-
-    def seconds():
-        """How long a photo takes, at best."""
-        taken = []
-        for _ in range(8):
-            began = time.monotonic()
-            assert service.detect(SMALL)[0] == 200
-            taken.append(time.monotonic() - began)
-        return min(taken)
-
-    alone = seconds()
-    lines = len(service.log().splitlines())
+    service, whole = start(command=silence(4)), upload(SMALL)
+    alone, lines = shared.seconds(service), len(service.log().splitlines())
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(600)]
-        whole = upload(SMALL)
         for i, client in enumerate(silent):
             client.sendall(whole[: 40 if i % 2 else whole.index(b"\r\n\r\n") + 200])
-        assert seconds() < 2 * alone
+        assert shared.seconds(service) < 2 * alone
         for client in silent:
-            with contextlib.suppress(ConnectionResetError):
+            with suppress(ConnectionResetError):
                 while client.recv(4096):  # closed, or told that it broke off
                     pass
+        assert shared.seconds(service) < 2 * alone
     assert len(service.log().splitlines()) < lines + 600 + 20
     assert "Traceback" not in service.log() and KEY not in service.log()
-    assert seconds() < 2 * alone
 
 
 def test_a_client_that_waits_for_its_answer_is_not_silent(start):
@@ -272,41 +278,3 @@ def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start):
         time.sleep(0.2)
         service.process.terminate()
         assert service.process.wait(15) == 0
-
-
-# --------------------------------------------------------------------------- addresses
-
-
-@pytest.mark.parametrize(
-    "prefix, host, port, words",
-    [
-        ([], "127.0.0.1", None, "in use"),
-        ([], "192.0.2.1", 5000, "HOST '192.0.2.1'"),
-        (["setpriv", "--bounding-set=-net_bind_service"], "127.0.0.1", 80, "PORT 80"),
-    ],
-    ids=["a port in use", "an address of another machine", "a port below 1024"],
-)
-def test_one_line_if_it_cannot_listen(service, prefix, host, port, words):
-    if prefix and (os.geteuid() or not shutil.which(prefix[0])):
-        pytest.skip("needs root and setpriv (apt install util-linux)")
-    settings = {"API_KEY": KEY, "FACE_MODEL": "3", "HOST": host}
-    done = subprocess.run(
-        [*prefix, *SERVE],
-        cwd=ROOT,
-        env=os.environ | settings | {"PORT": str(port or service.port)},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    (line,) = (done.stdout + done.stderr).splitlines()
-    assert done.returncode == 1 and words in line and "PORT" in line
-
-
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
-@pytest.mark.parametrize("host", ["", "::"])
-def test_all_addresses_of_ipv4_and_ipv6(start, host):
-    service = start(HOST=host, FACE_MODEL=3)
-    for address in ("127.0.0.1", "[::1]"):
-        service.url = f"http://{address}:{service.port}"
-        assert service.request("/health") == (200, "ok")
