@@ -221,7 +221,11 @@ def scaled(image, megapixels):
     return image.resize((round(image.width * factor), round(image.height * factor)))
 
 
-SMALL = encoded(scaled(picture(), 0.1))
+def resized(megapixels, name="obama.jpg", format="JPEG"):
+    return encoded(scaled(picture(name), megapixels), format)
+
+
+SMALL = resized(0.1)
 
 
 def group():
@@ -260,11 +264,9 @@ def same(one, other):
 
 def overlap(a, b):
     """Intersection over union of two boxes (left, top, right, bottom)."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    common = max(width, 0) * max(height, 0)
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (a, b)]
-    return common / (sum(areas) - common)
+    common = [*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])]
+    areas = [max(x - left, 0) * max(y - top, 0) for left, top, x, y in (a, b, common)]
+    return areas[2] / (areas[0] + areas[1] - areas[2])
 
 
 @contextmanager

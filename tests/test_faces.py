@@ -98,10 +98,8 @@ def test_coordinates_are_those_of_the_file_whatever_exif_says(app):
 
 
 def test_an_answer_is_the_same_alone_and_among_others(each_app):
-    photos = [encoded(shared.scaled(picture(name), 0.2)) for name in FRAMES]
-    photos += [
-        encoded(shared.scaled(picture("biden.jpg"), size)) for size in (0.05, 0.5)
-    ]
+    photos = [shared.resized(0.2, name) for name in FRAMES]
+    photos += [shared.resized(size, "biden.jpg") for size in (0.05, 0.5)]
     photos.append(encoded(Image.new("RGB", (640, 480))))
     alone = [each_app.detect(sent) for sent in photos]
     with ThreadPoolExecutor(8) as clients:

@@ -27,14 +27,11 @@ def test_welcome_tells_what_runs_and_whether_a_key_is_right(each_app):
     refused(each_app.request("/welcome", key=""), 401)
 
 
-@pytest.mark.parametrize("key", [None, "wrong", KEY])
-def test_health_needs_no_key(app, key):
-    assert app.request("/health", key=key) == (200, "ok")
-
-
-def test_open(each_app):
+def test_open_and_health(each_app):
     expected = {"preferred_mimetype": "image/jpeg", "maximum_area": 3840 * 2160}
     assert each_app.request("/open") == (200, expected)
+    for key in (None, "wrong", KEY):
+        assert each_app.request("/health", key=key) == (200, "ok")
 
 
 @pytest.mark.parametrize(
@@ -89,9 +86,6 @@ def test_an_upload_without_a_length(service):
     assert answer_to(service, sent) == 200
 
 
-# ---------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + "x", "schlüssel"])
 @pytest.mark.parametrize("path", ["/open", "/detect", "/compute"])
 def test_401(app, path, key):
@@ -135,7 +129,8 @@ def with_left(left):
 
 
 def nested(depth):
-    return json.dumps(FACE)[:-1] + f', "more": {'{"a":' * depth}1{"}" * depth}}}'
+    more = '{"a":' * depth + "1" + "}" * depth
+    return json.dumps(FACE)[:-1] + f', "more": {more}}}'
 
 
 @pytest.mark.parametrize(
@@ -184,9 +179,6 @@ def test_broken_requests_are_the_clients_errors(service):
     assert service.detect(SMALL)[0] == 200
 
 
-# --------------------------------------------------------------------------- the log
-
-
 def test_a_refused_request_is_one_line_in_the_log(app, caplog):
     """It tells the path, the size, the status and why, but no key and no file name."""
     sent = {"photo": b"x" * 1000, "filename": "secret-name.jpg"}
@@ -228,7 +220,7 @@ def test_an_error_with_a_percent_sign(app, monkeypatch, caplog, status, error):
         f"{KEY}\r\n\r\n",
         f"GET /{'x' * 5000} HTTP/1.1\r\nx-api-key: {KEY}\r\n\r\n",
         f"GET /open HTTP/1.1\r\nHost: x\r\nx-api-key: {KEY * 200}\r\n\r\n",
-        f"GET /open HTTP/1.1\r\nHost: x\r\n{f'x: {KEY}\r\n' * 60}\r\n",
+        "GET /open HTTP/1.1\r\nHost: x\r\n" + f"x: {KEY}\r\n" * 60 + "\r\n",
         *(chunked(body) for body in (b"zz\r\nx\r\n", b"5\r\nabcdefgh\r\n", b"-1\r\n")),
         *(chunked(body) for body in (b"5", b"f" * 14 + b"\r\n")),
     ],
@@ -240,9 +232,6 @@ def test_a_malformed_request_is_one_line_without_the_key(service, sent):
     wait_for(lambda: len(service.log().splitlines()) > lines)
     (line,) = service.log().splitlines()[lines:]
     assert "%" not in line and KEY not in line
-
-
-# ---------------------------------------------------------------- other ways to run it
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,6 @@ def test_the_first_frame_of_several(format):
     assert abs(seen[20, 30].astype(int) - (255, 0, 0)).max() < 5
 
 
-@pytest.mark.parametrize("mode, format", [("RGB", "JPEG"), ("RGBA", "PNG")])
-def test_a_region_is_cut_out_of_the_whole(mode, format):
-    content = encoded(tiny(mode), format)
-    region = module.decode(module.open_photo(io.BytesIO(content)), (20, 10, 90, 101))
-    assert np.array_equal(region, pixels(content)[10:101, 20:90])
-
-
 @pytest.mark.parametrize(
     "markers", [b"", b"\xff\xd9", b"\xff\xd8\xff\xe1", b"\xff\xda"]
 )
@@ -102,9 +95,6 @@ def test_a_motion_photo(app, markers):
     status, answer = app.detect(shared.photo("obama.jpg") + video)
     assert (status, answer["faces-count"]) == (200, 1)
     assert shared.overlap(shared.box(answer["faces"][0]), FRAME) > 0.5
-
-
-# ------------------------------------------------------------- photos cut short
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -131,14 +121,11 @@ def test_where_a_jpeg_is_cut_decides_only_how_much_is_seen():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
 def test_400_if_nothing_can_be_decoded(app, format):
-    whole = encoded(scaled(picture(), 0.1), format)
+    whole = shared.resized(0.1, format=format)
     assert app.detect(whole)[0] == 200
     for end in (12, 20, 100) if format == "JPEG" else (12, 20, 50, len(whole) // 2):
         refused(app.detect(whole[:end]), 400, "broken")
     refused(app.detect(b""), 400)
-
-
-# ------------------------------------------------- what no photo library holds
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import shared
 from PIL import Image
-from shared import KEY, SERVE, SMALL, App, encoded, picture, upload, wait_for
+from shared import KEY, SERVE, SMALL, App, encoded, upload, wait_for
 from test_limits import open_files
 
-LARGE = encoded(shared.scaled(picture(), 1))
+LARGE = shared.resized(1)
 
 
 def silence(seconds):
@@ -54,20 +54,11 @@ def wait_for_more(seen, count=5):
     wait_for(lambda: len(seen) > enough)
 
 
-# -------------------------------------------------------------------------------- load
-
-
 def test_load(start):
     """Of many clients: the answers are those without load, and nothing grows."""
     chance = random.Random(4)
-    photos = [
-        encoded(shared.group(), quality=95),
-        encoded(Image.new("RGB", (700, 500))),
-        LARGE,
-    ]
-    photos += [
-        encoded(shared.scaled(picture("obama2.jpg"), size)) for size in (0.05, 0.1, 0.2)
-    ]
+    photos = [LARGE, encoded(shared.group()), encoded(Image.new("L", (700, 500)))]
+    photos += [shared.resized(size, "obama2.jpg") for size in (0.05, 0.1, 0.2)]
     service = start()
     alone = [service.detect(content)[1] for content in photos]
 
@@ -83,7 +74,7 @@ def test_load(start):
         threads = len(os.listdir(f"/proc/{pid}/task"))
         return shared.memory(pid), len(open_files(pid)), threads
 
-    before, after = run(30), run(60)
+    before, after = run(60), run(60)
     assert after[0] < before[0] * 1.1 + 50
     assert after[1] <= before[1] + 1 and after[2] <= before[2] + 1
     assert list(service.tmp.iterdir()) == []
@@ -92,7 +83,9 @@ def test_load(start):
 def test_first_come_first_served(monkeypatch):
     app, order, gate = App(3, PHOTOS_AT_ONCE="1"), [], threading.Event()
     monkeypatch.setattr(
-        shared.module, "analyse", lambda _, image, *rest: order.append(image.width) or []
+        shared.module,
+        "analyse",
+        lambda _, image, *rest: order.append(image.width) or [],
     )
     with ThreadPoolExecutor(20) as clients:
         app.app.config["THREADS"][0].submit(gate.wait, 60)
@@ -101,9 +94,6 @@ def test_first_come_first_served(monkeypatch):
             time.sleep(0.05)
         gate.set()
     assert order == list(range(20, 35))
-
-
-# --------------------------------------------------------------------- starts and stops
 
 
 def test_sigterm_finishes_photos_in_flight_and_queued(start):
@@ -128,18 +118,6 @@ def test_a_closed_terminal_ends_it_in_order(start):
         assert service.process.wait(60) == 0
         assert [answer.result()[0] for answer in sent] == [200] * 4
     assert "Traceback" not in service.log() and "ERROR" not in service.log()
-
-
-@pytest.mark.parametrize("delay", [0, 0.1, 0.3, 0.6])
-def test_sigterm_as_soon_as_it_listens(tmp_path, delay):
-    log = tmp_path / "log"
-    environ = os.environ | {"API_KEY": KEY, "PORT": str(shared.free_port())}
-    with log.open("w") as output:
-        process = subprocess.Popen(SERVE, cwd=shared.ROOT, env=environ, stderr=output)
-    wait_for(lambda: "Listening" in log.read_text())
-    time.sleep(delay)
-    process.terminate()
-    assert process.wait(30) == 0 and "Error" not in log.read_text()
 
 
 def test_a_killed_worker_process_is_replaced(start):
@@ -191,9 +169,6 @@ def test_all_addresses_of_ipv4_and_ipv6(start, host):
         assert service.request("/health") == (200, "ok")
 
 
-# ---------------------------------------------------------------------------- restarts
-
-
 @contextmanager
 def held_address():
     """A listening socket that another process holds, as systemd does; its options."""
@@ -232,9 +207,6 @@ def test_systemd_starts_it(start):
     service = start(command=command + list(SERVE), port=port, FACE_MODEL=3)
     assert service.request("/welcome")[1]["model"] == 3
     assert service.detect(SMALL)[1]["faces-count"] == 1
-
-
-# ---------------------------------------------------------------------- silent clients
 
 
 def test_600_silent_clients_delay_nobody_and_are_dropped(start):

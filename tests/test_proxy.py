@@ -54,16 +54,6 @@ def test_an_outage_loses_nothing(start, caddy, ends):
 
 
 @needs_caddy
-def test_one_of_two_services_is_killed_for_good(start, caddy):
-    one, two = start(), start()
-    with jobs(caddy(one, two)) as seen:
-        wait_for(lambda: len(seen) > 10 and analysed(two) > 2)
-        os.killpg(two.process.pid, signal.SIGKILL)
-        wait_for_more(seen, 10)
-    assert set(seen) == {200} and analysed(one) > 10
-
-
-@needs_caddy
 def test_a_large_original_passes(service, caddy):
     large = encoded(picture().resize((6000, 4500)), "PNG", compress_level=0)
     assert len(large) > 64 << 20
