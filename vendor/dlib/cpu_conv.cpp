@@ -304,14 +304,14 @@ namespace dlib
         {
         public:
             convolution (
-                tensor& output_,
-                const tensor& data_,
+                const planes& output_,
+                const planes& data_,
                 const tensor& filters_,
                 const long stride_y,
                 const long stride_x,
                 const long padding_y_,
                 const long padding_x_,
-                const long least_area
+                const bool filters_are_final
             ) : output(output_), data(data_), filters(filters_), padding_y(padding_y_), padding_x(padding_x_)
             {
                 const long filter_nr = filters.nr();
@@ -319,7 +319,7 @@ namespace dlib
                 phases_y = std::min(stride_y, filter_nr);
                 phases_x = std::min(stride_x, filter_nc);
                 const long reach = std::max((filter_nr + stride_y-1)/stride_y, (filter_nc + stride_x-1)/stride_x);
-                if (stride_y == stride_x && data.k() >= 8 && output.nr()*output.nc() >= least_area)
+                if (filters_are_final && stride_y == stride_x && data.k >= 8 && output.nr*output.nc >= 200)
                     side = reach == 3 ? 6 : reach == 4 || reach == 5 ? 8 : 0;
 
                 size = side ? tile : 1;
@@ -331,13 +331,13 @@ namespace dlib
                 beyond_x = side ? (side-1)/tile : (filter_nc-1)/stride_x;
 
                 // A strip's planes fit into the processor's cache.  A wide image is cut into columns.
-                const long cached = 512*1024/sizeof(float)/(data.k()*planes_y*planes_x);
+                const long cached = 512*1024/sizeof(float)/(data.k*planes_y*planes_x);
                 const long most_nc = std::max(16L, std::lround(8*std::sqrt(cached)));
-                const long positions_nc = (output.nc() + size-1)/size;
+                const long positions_nc = (output.nc + size-1)/size;
                 num_columns = (positions_nc + most_nc-1)/most_nc;
                 column_nc = (positions_nc + num_columns-1)/num_columns;
                 nc = column_nc + beyond_x;
-                num_positions = (output.nr() + size-1)/size*nc - beyond_x;
+                num_positions = (output.nr + size-1)/size*nc - beyond_x;
                 strip_size = std::max(1L, (cached - (beyond_y+1)*nc)/block_size)*block_size;
                 num_strips = (num_positions + strip_size-1)/strip_size;
                 plane = ((strip_size-1)/nc + 2 + beyond_y)*nc;
@@ -346,10 +346,10 @@ namespace dlib
                     for (long x = 0; x < side; ++x)
                         square.push_back((y%tile*stride_y*planes_x + x%tile*stride_x)*plane + y/tile*nc + x/tile);
                 if (side)
-                    for (long i = 0; i < data.k()*phases_y*phases_x; ++i)
+                    for (long i = 0; i < data.k*phases_y*phases_x; ++i)
                         offsets.push_back(i*block_size);
                 else
-                    for (long k = 0; k < data.k(); ++k)
+                    for (long k = 0; k < data.k; ++k)
                         for (long y = 0; y < filter_nr; ++y)
                             for (long x = 0; x < filter_nc; ++x)
                                 offsets.push_back(((k*planes_y + y%stride_y)*planes_x + x%stride_x)*plane
@@ -401,7 +401,8 @@ namespace dlib
                 const float* const weights,
                 const bool add_to_output,
                 const float* const biases,
-                const bool use_relu
+                const bool use_relu,
+                const bool use_threads
             ) const
             /*!
                 requires
@@ -409,20 +410,17 @@ namespace dlib
                     - biases is null or points to one for each filter
             !*/
             {
-                data.host();  // have it copied from any GPU here, not on many threads at once
-                float* const out = add_to_output ? output.host() : output.host_write_only();
-
                 // Where there are fewer strips than threads, each thread takes a part of the filters.
-                const long num_tasks = data.num_samples()*num_columns*num_strips;
+                const long num_tasks = data.num_samples*num_columns*num_strips;
                 const long num_filters = filters.num_samples();
                 const long num_groups = (num_filters + most_filters-1)/most_filters;
-                const long num_threads = default_thread_pool().num_threads_in_pool();
+                const long num_threads = use_threads ? default_thread_pool().num_threads_in_pool() : 1;
                 const long num_parts = std::max(1L, std::min(num_groups, num_threads/num_tasks));
                 const long num_points = side ? side*side : 1;
                 const auto run_tasks = [&](const long first, const long last)
                 {
                     // Not vectors, as zeroing these takes a tenth of the time of a small layer.
-                    const std::unique_ptr<float[]> pixels(new float[data.k()*planes_y*planes_x*plane + block_size]);
+                    const std::unique_ptr<float[]> pixels(new float[data.k*planes_y*planes_x*plane + block_size]);
                     const std::unique_ptr<float[]> at_points(new float[side ? num_points*depth*block_size : 0]);
                     const std::unique_ptr<float[]> sums(new float[num_points*most_filters*block_size]);
                     const std::unique_ptr<float[]> tiles(new float[side ? tile*tile*block_size : 0]);
@@ -468,7 +466,7 @@ namespace dlib
                                             (tiles.get(), sum, (f1-f0)*block_size);
                                         sum = tiles.get();
                                     }
-                                    store(out + (s.n*num_filters + f)*output.nr()*output.nc(), sum, s.column, b, b+count,
+                                    store(output.row(s.n, f, 0), sum, s.column, b, b+count,
                                         add_to_output, biases ? biases[f] : 0,
                                         use_relu ? 0 : -std::numeric_limits<float>::infinity());
                                 }
@@ -476,8 +474,8 @@ namespace dlib
                         }
                     }
                 };
-                if (num_parts*num_tasks == 1)
-                    run_tasks(0, 1);
+                if (!use_threads || num_parts*num_tasks == 1)
+                    run_tasks(0, num_parts*num_tasks);
                 else
                     parallel_for_blocked(0, num_parts*num_tasks, run_tasks);
             }
@@ -505,8 +503,8 @@ namespace dlib
                 const long end_row = (s.end-1)/nc + 1 + beyond_y;
                 const long kept = goes_on ? std::max(0L, s.end_row - first_row) : 0;
                 const long left = padding_x - s.column*step_x;
-                const long right = left + data.nc();
-                for (long k = 0; k < data.k(); ++k)
+                const long right = left + data.nc;
+                for (long k = 0; k < data.k; ++k)
                     for (long y = 0; y < planes_y; ++y)
                     {
                         float* const p = &pixels[(k*planes_y + y)*planes_x*plane];
@@ -515,9 +513,9 @@ namespace dlib
                         for (long row = first_row+kept; row < end_row; ++row)
                         {
                             const long r = row*step_y + y - padding_y;
-                            const bool inside = 0 <= r && r < data.nr();
+                            const bool inside = 0 <= r && r < data.nr;
                             deal(p + (row-first_row)*nc, plane, planes_x,
-                                data.host() + ((s.n*data.k() + k)*data.nr() + r)*data.nc() - left, nc, step_x,
+                                data.row(s.n, k, inside ? r : 0) - left, nc, step_x,
                                 std::max(left, 0L), inside ? std::max(right, 0L) : 0);
                         }
                     }
@@ -543,11 +541,11 @@ namespace dlib
                 for (long i = begin; i < end; i = (i/nc + 1)*nc)
                 {
                     const long c = (column + i%nc)*size;
-                    const long rest = output.nc() - c;
+                    const long rest = output.nc - c;
                     const long length = std::min(std::min(end-i, column_nc - i%nc)*size, rest);
-                    for (long y = 0; y < size && i/nc*size+y < output.nr(); ++y)
+                    for (long y = 0; y < size && i/nc*size+y < output.nr; ++y)
                     {
-                        float* const o = out + (i/nc*size+y)*output.nc() + c;
+                        float* const o = out + (i/nc*size+y)*output.row_step + c;
                         const float* const s = sums + (y*block_size + i-begin)*size;
                         if (add_to_output)
                             for (long j = 0; j < length; ++j)
@@ -559,8 +557,8 @@ namespace dlib
                 }
             }
 
-            tensor& output;
-            const tensor& data;
+            const planes output;
+            const planes data;
             const tensor& filters;
             const long padding_y, padding_x;
             long phases_y, phases_x;    // how many filters a strided one is like, along each side
@@ -584,25 +582,19 @@ namespace dlib
 
         void tensor_conv::convolve (
             const bool add_to_output,
-            tensor& output,
-            const tensor& data,
+            const planes& output,
+            const planes& data,
             const tensor& filters,
             const float* const biases,
-            const bool use_relu
+            const bool use_relu,
+            const bool use_threads
         )
         {
-            // It takes a large image to be worth transforming the filters, unless that is done once for all.
-            const long least_area = filters_are_final ? 200 : 4000;
             const convolution conv(output, data, filters, last_stride_y, last_stride_x,
-                last_padding_y, last_padding_x, least_area);
-            if (!conv.is_winograd())
-            {
-                conv.run(filters.host(), add_to_output, biases, use_relu);
-                return;
-            }
-            if (transformed_filters.empty() || !filters_are_final)
-                transformed_filters = conv.transformed_filters();
-            conv.run(transformed_filters.data(), add_to_output, biases, use_relu);
+                last_padding_y, last_padding_x, filters_are_final);
+            if (conv.is_winograd())
+                std::call_once(filters_transformed, [&]() { transformed_filters = conv.transformed_filters(); });
+            conv.run(conv.is_winograd() ? transformed_filters.data() : filters.host(), add_to_output, biases, use_relu, use_threads);
         }
 
     // ----------------------------------------------------------------------------------------

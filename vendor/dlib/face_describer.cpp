@@ -29,6 +29,16 @@ namespace
         max_pool<3, 3, 2, 2, relu<affine<con<32, 7, 7, 2, 2, input_rgb_image_sized<face_describer::chip_size>>>>>>>>>>>>>;
 }
 
+// Has convolutions transform their filters once for all.
+struct final_filters
+{
+    template <typename layer>
+    void operator()(size_t, layer&) const {}
+
+    template <long num, long nr, long nc, int sy, int sx, int py, int px>
+    void operator()(size_t, con_<num, nr, nc, sy, sx, py, px>& layer) const { layer.set_filters_final(); }
+};
+
 struct face_describer::implementation
 {
     net_type net;
@@ -37,7 +47,8 @@ struct face_describer::implementation
 face_describer::face_describer(const std::string& file) : impl(std::make_shared<implementation>())
 {
     deserialize(file) >> impl->net;
-    set_inference_only(impl->net, false);
+    fuse_layers(impl->net);
+    visit_computational_layers(impl->net, final_filters());
 }
 
 std::vector<std::vector<float>> face_describer::operator()(const std::vector<rgb_view>& chips) const

@@ -39,20 +39,12 @@ namespace
         return run();
     }
 
-    std::vector<mmod_rect> detect(const face_detector& detector, const py::array& array, const int times_doubled)
+    std::vector<mmod_rect> detect(face_detector& detector, const py::array& array, const int times_doubled)
     {
+        if (times_doubled != 0)
+            throw error("This detector takes an image as it is: set upsample_num_times to 0.");
         const image img(array);
-        return without_gil([&] {
-            matrix<rgb_pixel> pixels;
-            assign_image(pixels, img.view());
-            pyramid_down<2> pyr;
-            for (int i = 0; i < times_doubled; ++i)
-                pyramid_up(pixels, pyr);
-            auto faces = detector(pixels);
-            for (auto& face : faces)
-                face.rect = pyr.rect_down(face.rect, times_doubled);
-            return faces;
-        });
+        return without_gil([&] { return detector(img.view()); });
     }
 
     std::vector<rectangle> detect_frontal(const frontal_detector& detector, const py::array& array, const int times_doubled)
