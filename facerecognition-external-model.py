@@ -216,9 +216,9 @@ def open_photo(file):
     if start and not SIGNATURES.match(start):
         abort(415, f"This is no image that is read here: send {', '.join(FORMATS)}.")
     if start.startswith(b"\xff\xd8"):
-        # With an end, a JPEG that is cut short is decoded as far as it goes.
+        # With ends enough, a JPEG that is cut short is decoded as far as it goes.
         file.seek(0, os.SEEK_END)
-        file.write(b"\xff\xd9")
+        file.write(b"\xff\xd9" * 16)
     file.seek(0)
     with _refusals(BROKEN):
         return Image.open(file, formats=FORMATS)
