@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
-# make convolutions: checks the patched dlib, whose source is in the folder $1.  Builds its convolution for each
-# instruction set that has a tile of its own and can be run here, and compares it with the definition
-# (convolutions.cpp); then has AddressSanitizer watch what is resized (resizing.cpp).
+# tests/tools/convolutions.sh: checks our dlib.  Builds its convolution for each instruction set that
+# has a tile of its own and can be run here, and compares it with the definition (convolutions.cpp);
+# then has AddressSanitizer watch what is resized (resizing.cpp).  Needs .venv (make setup).
 set -eu
-source=$1
-out=$(dirname "$source")/convolutions
-options=(-std=c++14 -DNDEBUG -DDLIB_NO_GUI_SUPPORT "-I$source" -pthread)
+[ $# = 0 ] || { sed -n '2,/^set/s/^# \?//p' "$0"; exit 1; }
+cd "$(dirname "$0")/../.."
+source=$(vendor/dlib/build.sh source)
+out=vendor/build/convolutions
 mkdir -p "$out"
+options=(-std=c++14 -DNDEBUG -DDLIB_NO_GUI_SUPPORT -isystem "$source" -pthread)
+small=vendor/dlib/dlib.cpp
 
 # compare COMPILER EMULATOR FLAG...
 compare() {
-    local compiler=$1 emulator=$2 rest=$out/dlib-$1.o
+    local compiler=$1 emulator=$2 rest=$out/dlib-$1.o file
     shift 2
-    command -v "$compiler" > /dev/null || { echo "Not run: $compiler is not installed"; return; }
-    [ -z "$emulator" ] || command -v "$emulator" > /dev/null || { echo "Not run: $emulator is not installed"; return; }
-    [ "$rest" -nt vendor/dlib.patch ] ||  # all of dlib but the convolution
-        "$compiler" "${options[@]}" -O1 -DDLIB_DNN_CPU_CONV_cPP_ -c "$source/dlib/all/source.cpp" -o "$rest"
-    "$compiler" "${options[@]}" -O3 -ffp-contract=off "$@" -c "$source/dlib/cuda/cpu_conv.cpp" -o "$out/convolution.o"
+    for file in "$compiler" $emulator; do
+        command -v "$file" > /dev/null || { echo "Not run: $file is not installed"; return; }
+    done
+    [ "$rest" -nt "$source/key" ] ||
+        "$compiler" "${options[@]}" -O1 -r -o "$rest" "$small" "$source"/dlib/cuda/{cpu_dlib,tensor_tools}.cpp
+    "$compiler" "${options[@]}" -Wall -Wextra -Werror -O3 -ffp-contract=off "$@" -c vendor/dlib/cpu_conv.cpp -o "$out/convolution.o"
     "$compiler" "${options[@]}" -O2 ${emulator:+-static} tests/tools/convolutions.cpp "$rest" "$out/convolution.o" -o "$out/convolutions"
     printf '%s %s: ' "$compiler" "${*:-}"
     $emulator "$out/convolutions"
@@ -35,5 +39,5 @@ else
     compare g++ ""
 fi
 
-g++ "${options[@]}" -g -O1 -fsanitize=address -Wno-maybe-uninitialized tests/tools/resizing.cpp "$source/dlib/all/source.cpp" -o "$out/resizing"
+g++ "${options[@]}" -g -O1 -fsanitize=address tests/tools/resizing.cpp "$small" -o "$out/resizing"
 "$out/resizing"

@@ -1,45 +1,46 @@
 #!/usr/bin/env bash
-# Gets dlib for the Python in .venv.
+# Gets our dlib for the Python in .venv.
 #
-#   vendor/dlib/build.sh source        the release, verified and patched, in vendor/build/dlib-VERSION
-#   vendor/dlib/build.sh wheel FOLDER  a wheel of it, compiled with $CXXFLAGS, in FOLDER
+#   vendor/dlib/build.sh source        its release, verified and patched: prints the folder
+#   vendor/dlib/build.sh wheel FOLDER  a wheel, compiled with $CXXFLAGS, in FOLDER
 #   vendor/dlib/build.sh key           a hash of all that such a wheel depends on
 #
-# A wheel takes minutes to build, so a copy is kept next to pip's cache, for the next clone here.
+# A copy of the wheel is kept next to pip's cache, for the next clone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-release=$(cut -c67- vendor/dlib/sha256)
-release=${release%.tar.gz}
+release=$(sed 's/.* //; s/\.tar\.gz$//' vendor/dlib/sha256)
 source=vendor/build/$release
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+trap 'exit 130' INT
 
-# All that a build writes is in a folder of its own until it is complete, so that two can run at once.
-make_temporary() {
+# One build at a time, by one user.
+lock() {
     mkdir -p vendor/build
-    temporary=$(mktemp -d vendor/build/tmp.XXXXXX)
-    trap 'rm -rf "$temporary"' EXIT
-    trap 'exit 130' INT TERM
+    exec 9> vendor/build/lock || {
+        echo "Another user has built here before: sudo chown -R $(id -un) '$PWD'"
+        exit 1
+    } >&2
+    flock -n 9 || { echo "Waiting for another build in this folder"; flock 9; } >&2
 }
 
-# The patches' hash is part of the source's name.
 get_source() {
-    local stamp
-    stamp=$(cd vendor/dlib && cat sha256 series *.patch | sha256sum)
-    [ "$(cat "$source/stamp" 2> /dev/null)" = "$stamp" ] && return
-    make_temporary
-    pip -q download --no-deps --no-binary dlib -d "$temporary" "${release/-/==}"
-    (cd "$temporary" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz")
+    local key new=vendor/build/new patch
+    key=$(cd vendor/dlib && cat sha256 series *.patch | sha256sum)
+    [ "$(cat "$source/key" 2> /dev/null)" = "$key" ] && return
+    rm -rf "$source" "$new"
+    pip -q download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
+    (cd "$new" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz")
     while read -r patch; do
-        patch -s --fuzz=0 -d "$temporary/$release" -p1 < "vendor/dlib/$patch"
+        patch -s --fuzz=0 -d "$new/$release" -p1 < "vendor/dlib/$patch"
     done < vendor/dlib/series
-    echo "$stamp" > "$temporary/$release/stamp"
-    rm -rf "$source"
-    mv -T "$temporary/$release" "$source"
+    echo "$key" > "$new/$release/key"
+    mv -T "$new/$release" "$source"
+    rm -r "$new"
 }
 
 # What -march=native means depends on the CPU; GCC tells by --help=target.
 key() {
-    { find vendor/dlib -type f | sort | xargs cat
+    { cat vendor/dlib/*
       .venv/bin/python -VV
       echo "${CXXFLAGS:-}"
       "${CXX:-c++}" --version
@@ -49,10 +50,10 @@ key() {
 
 build() {
     local log=vendor/build/dlib.log
-    get_source
     echo "Building dlib, once: about 1.5 minutes on two cores"
-    pip wheel -v --no-deps -C cmake.define.DLIB="$PWD/$source" -w "$1" ./vendor/dlib 2>&1 | tee "$log" |
-        sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]).*\/(.*)\.o$/\1 \2/p' || {
+    rm -rf "$1"
+    pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib 2>&1 |
+        tee "$log" | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]) [^ ]+ .*[ /]([a-z_]+)\..*/\1 \2/p' || {
         tail -30 "$log"
         echo "dlib could not be built (its log: $log); make DLIB=prebuilt ... uses a slower one"
         exit 1
@@ -65,8 +66,9 @@ wheel() {
     mkdir -p "$cache" 2> /dev/null && [ -w "$cache" ] || cache=vendor/build
     kept=$cache/$(key)
     if ! [ -e "$kept" ]; then
+        get_source
         build "$kept.$$"
-        mv -T "$kept.$$" "$kept"
+        mv -T "$kept.$$" "$kept" 2> /dev/null || rm -r "$kept.$$"
     fi
     rm -rf "$1"
     mkdir -p "$(dirname "$1")"
@@ -74,8 +76,8 @@ wheel() {
 }
 
 case ${1:-} in
-    source) get_source ;;
-    wheel) wheel "$2" ;;
+    source) lock && get_source && echo "$source" ;;
+    wheel) lock && wheel "$2" ;;
     key) key ;;
     *) sed -n '2,/^set/s/^# \?//p' "$0"; exit 1 ;;
 esac
