@@ -1,4 +1,4 @@
-// make convolutions: the patched dlib's convolution against its definition, loop by loop.
+// tests/tools/convolutions.sh: our dlib's convolution against its definition, loop by loop.
 //
 // Every kind that the networks use and more: filters from 1 to 9 wide, strides 1 to 3, all
 // paddings, one and several samples, one and several filters, images down to a pixel, with and

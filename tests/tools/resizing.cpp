@@ -1,4 +1,4 @@
-// make convolutions, under AddressSanitizer: what is resized stays within its rows, however wide.
+// tests/tools/convolutions.sh, under AddressSanitizer: what is resized stays within its rows, however wide.
 
 #include <dlib/image_processing/frontal_face_detector.h>
 #include <dlib/image_transforms.h>

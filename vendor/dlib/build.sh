@@ -15,8 +15,7 @@ trap 'exit 130' INT
 
 # One build at a time, by one user.
 lock() {
-    mkdir -p vendor/build
-    exec 9> vendor/build/lock || {
+    mkdir -p vendor/build && { exec 9> vendor/build/lock; } 2> /dev/null || {
         echo "Another user has built here before: sudo chown -R $(id -un) '$PWD'"
         exit 1
     } >&2
@@ -29,7 +28,7 @@ get_source() {
     [ "$(cat "$source/key" 2> /dev/null)" = "$key" ] && return
     rm -rf "$source" "$new"
     pip -q download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
-    (cd "$new" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz")
+    (cd "$new" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz" --no-same-owner)
     while read -r patch; do
         patch -s --fuzz=0 -d "$new/$release" -p1 < "vendor/dlib/$patch"
     done < vendor/dlib/series
@@ -51,7 +50,6 @@ key() {
 build() {
     local log=vendor/build/dlib.log
     echo "Building dlib, once: about 1.5 minutes on two cores"
-    rm -rf "$1"
     pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib 2>&1 |
         tee "$log" | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]) [^ ]+ .*[ /]([a-z_]+)\..*/\1 \2/p' || {
         tail -30 "$log"
@@ -67,8 +65,10 @@ wheel() {
     kept=$cache/$(key)
     if ! [ -e "$kept" ]; then
         get_source
-        build "$kept.$$"
-        mv -T "$kept.$$" "$kept" 2> /dev/null || rm -r "$kept.$$"
+        part=$kept.$$
+        trap 'rm -rf "$part"' EXIT
+        build "$part"
+        mv -T "$part" "$kept" 2> /dev/null || [ -e "$kept" ]
     fi
     rm -rf "$1"
     mkdir -p "$(dirname "$1")"
