@@ -19,7 +19,7 @@ ARG MODELS="1 2 3 4"
 ARG MODELS_FROM=github
 RUN python3 vendor/models.py $MODELS
 COPY vendor vendor/
-RUN vendor/dlib-for-any-cpu.sh && .venv/bin/pip uninstall -qy pip
+RUN vendor/dlib/any-cpu.sh && .venv/bin/pip uninstall -qy pip
 
 
 FROM $BASE
