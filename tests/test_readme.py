@@ -64,12 +64,7 @@ def test_the_apps_link_has_its_anchor():
     assert "\n## Run service\n" in README
 
 
-@pytest.mark.parametrize(
-    "word", re.findall(r"^\| .* \| (\w+) \|$", PAGES[1], re.MULTILINE)
-)
-def test_promises_have_tests(word):
-    files = (ROOT / "tests").glob("test_*.py")
-    names = [
-        name for f in files for name in re.findall(r"def (test_\w+)", f.read_text())
-    ]
-    assert any(word in name for name in names)
+def test_promises_have_tests():
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for word in re.findall(r"^\| .* \| (\w+) \|$", PAGES[1], re.MULTILINE):
+        assert re.search(rf"def test_\w*{word}", tests), word
