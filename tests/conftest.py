@@ -1,10 +1,9 @@
 """The services and applications that tests ask for."""
 
-import functools
 from contextlib import ExitStack
 
 import pytest
-from shared import App, memory_limit, started
+from shared import app_with, memory_limit, started
 
 
 @pytest.fixture
@@ -31,18 +30,11 @@ def service(tmp_path_factory):
         yield service
 
 
-@pytest.fixture(scope="session")
-def apps():
-    """apps(N) is the application with model N, without a server, always the same."""
-    return functools.cache(App)
-
-
 @pytest.fixture
-def app(apps):
-    return apps(1)
+def app():
+    return app_with(1)
 
 
 @pytest.fixture(params=[1, 2, 3, 4])
-def each_app(request, apps):
-    """The application with each model in turn; ``model`` is its number."""
-    return apps(request.param)
+def each_app(request):
+    return app_with(request.param)

@@ -1,5 +1,6 @@
 """Shared by tests and tools: starting a service, a client of it, and photos."""
 
+import functools
 import importlib
 import io
 import json
@@ -43,10 +44,8 @@ class Service:
         """Send a request; a tuple (file, filename) in the form is sent as a file."""
         headers, body = {"x-api-key": key} if key is not None else {}, None
         if form is not None:
-            form = {
-                name: FileStorage(*value) if type(value) is tuple else value
-                for name, value in form.items()
-            }
+            for name, value in form.items():
+                form[name] = FileStorage(*value) if type(value) is tuple else value
             boundary, body = encode_multipart(form)
             headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         request = urllib.request.Request(self.url + path, body, headers)
@@ -106,6 +105,9 @@ class App(Service):
         client, method = self.app.test_client(), "GET" if form is None else "POST"
         answer = client.open(path, method=method, **options)
         return answer.status_code, answer.json if answer.is_json else answer.text
+
+
+app_with = functools.cache(App)  # a model's, the same for all tests
 
 
 def free_port():
@@ -230,11 +232,8 @@ SMALL = resized(0.1)
 
 def group():
     """Three people side by side: two presidents and an astronaut."""
-    heads = {
-        "obama.jpg": (255, 30, 735, 510),
-        "biden.jpg": (335, 160, 815, 640),
-        "astronaut.png": (100, 0, 340, 240),
-    }
+    heads = {"obama.jpg": (255, 30, 735, 510), "biden.jpg": (335, 160, 815, 640)}
+    heads["astronaut.png"] = (100, 0, 340, 240)
     together = Image.new("RGB", (1440, 480))
     for i, (name, head) in enumerate(heads.items()):
         together.paste(picture(name).crop(head).resize((480, 480)), (480 * i, 0))
@@ -272,21 +271,19 @@ def overlap(a, b):
 @contextmanager
 def memory_limit(megabytes):
     """Yield a command prefix that runs a command in a cgroup with a memory limit."""
-    for path in "memory/{}/memory.limit_in_bytes", "{}/memory.max":
-        limit = Path("/sys/fs/cgroup", path.format(f"facerecognition-{os.getpid()}"))
-        try:
-            limit.parent.mkdir()
-            limit.write_text(str(megabytes << 20))
-            break
-        except OSError:
-            continue
-    else:
+    v1 = Path("/sys/fs/cgroup/memory").exists()
+    group = Path("/sys/fs/cgroup", "memory" if v1 else "", f"faces-{os.getpid()}")
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if v1 else "memory.max")
+        limit.write_text(str(megabytes << 20))
+    except OSError:
         pytest.skip("no control group for memory can be made here")
-    join = f'echo $$ > {limit.parent}/cgroup.procs && exec "$@"'
+    join = f'echo $$ > {group}/cgroup.procs && exec "$@"'
     try:
         yield ["sh", "-c", join, "sh"]
     finally:
-        limit.parent.rmdir()
+        group.rmdir()
 
 
 def memory(pid, kind="VmRSS"):

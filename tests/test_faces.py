@@ -1,13 +1,12 @@
 """Real photos in, faces out: what is found, with each model."""
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
 import pytest
 import shared
 from PIL import Image
-from shared import box, distance, encoded, face_in, overlap, photo, picture, same
+from shared import box, distance, encoded, face_in, overlap, photo, picture
 
 # Where the faces are, as a person would frame them: left, top, right, bottom.
 FRAMES = {
@@ -64,7 +63,7 @@ def test_everybody_in_a_group_is_found_and_compute_gives_the_same(each_app):
         assert distance(computed["face"], face) < 1e-5
 
 
-def test_model_4_lowers_the_confidence_of_faces_that_hog_does_not_find(apps):
+def test_model_4_lowers_the_confidence_of_faces_that_hog_does_not_find():
     """One of two faces is on its side: the CNN finds both, HOG the upright one."""
     pair = Image.new("RGB", (1100, 620), "grey")
     upright = picture().crop((250, 30, 750, 530))
@@ -72,7 +71,9 @@ def test_model_4_lowers_the_confidence_of_faces_that_hog_does_not_find(apps):
     pair.paste(upright, (20, 60))
     pair.paste(turned, (560, 60))
     sent = encoded(pair, quality=95)
-    cnn, hog, both = (apps(model).detect(sent)[1]["faces"] for model in (1, 3, 4))
+    cnn, hog, both = (
+        shared.app_with(model).detect(sent)[1]["faces"] for model in (1, 3, 4)
+    )
     assert len(cnn) == 2 and list(map(box, cnn)) == list(map(box, both))
     assert all(face["left"] < 550 for face in hog)
     for alone, judged in zip(cnn, both):
@@ -95,17 +96,6 @@ def test_coordinates_are_those_of_the_file_whatever_exif_says(app):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees"
     assert app.detect(encoded(picture(), quality=95, exif=exif))[1]["faces"] == plain
-
-
-def test_an_answer_is_the_same_alone_and_among_others(each_app):
-    photos = [shared.resized(0.2, name) for name in FRAMES]
-    photos += [shared.resized(size, "biden.jpg") for size in (0.05, 0.5)]
-    photos.append(encoded(Image.new("RGB", (640, 480))))
-    alone = [each_app.detect(sent) for sent in photos]
-    with ThreadPoolExecutor(8) as clients:
-        together = list(clients.map(each_app.detect, photos))
-    for (status, one), (_, other) in zip(alone, together):
-        assert status == 200 and same(one, other)
 
 
 @pytest.mark.parametrize(

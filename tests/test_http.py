@@ -34,15 +34,10 @@ def test_open_and_health(each_app):
         assert each_app.request("/health", key=key) == (200, "ok")
 
 
-@pytest.mark.parametrize(
-    "sent, answered",
-    [
-        *(("photo.jpg", "photo.jpg"), ("Größe 1", "Größe 1"), ("", "")),
-        *(("../../etc/passwd", "passwd"), ("/var/tmp/phpA1b2C3", "phpA1b2C3")),
-    ],
-)
-def test_the_base_name_is_answered(service, sent, answered):
-    assert service.detect(SMALL, filename=sent)[1]["filename"] == answered
+@pytest.mark.parametrize("sent", ["a.jpg", "Größe 1", "", "../../passwd", "/tmp/php1"])
+def test_the_base_name_is_answered(service, sent):
+    answer = service.detect(SMALL, filename=sent)[1]
+    assert answer["filename"] == sent.split("/")[-1]
 
 
 @pytest.mark.parametrize("expect", ["Expect: 100-continue", "Expect:"])

@@ -164,18 +164,12 @@ def test_broken_images_are_the_clients_errors(app, seed):
     """Some of them are above half a megabyte, and so read from a file."""
     chance, image = random.Random(seed), tiny()
     noise = Image.merge("RGB", [Image.effect_noise((540, 400), 90) for _ in range(3)])
+    two = {"save_all": True, "append_images": [image]}
     whole = [encoded(image, format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
-    whole += [
-        encoded(image, "JPEG", progressive=True),
-        encoded(image.convert("CMYK")),
-        encoded(image, "MPO", save_all=True, append_images=[image]),
-        encoded(image.quantize(16), "PNG"),
-        encoded(image.convert("RGBA"), "PNG"),
-        encoded(image, "WEBP", save_all=True, append_images=[image]),
-        encoded(noise, "PNG"),
-        encoded(noise, "BMP"),
-        encoded(noise, "WEBP", lossless=True),
-    ]
+    whole += [encoded(image, format, **two) for format in ("MPO", "WEBP")]
+    whole += [encoded(image.convert(mode), "PNG") for mode in ("P", "RGBA")]
+    whole += [encoded(image.convert("CMYK")), encoded(image, progressive=True)]
+    whole += [encoded(noise, "PNG"), encoded(noise, "WEBP", lossless=True)]
     for _ in range(60):
         content = damaged(chance.choice(whole), chance)
         status, answer = app.detect(content)
@@ -183,12 +177,7 @@ def test_broken_images_are_the_clients_errors(app, seed):
     assert app.detect(SMALL)[1]["faces-count"] == 1
 
 
-def test_small_files_that_decode_to_much(app):
-    exif, text = Image.Exif(), PngInfo()
-    exif[0x010E] = "x" * 60_000
+def test_a_small_file_that_decodes_to_much(app):
+    text = PngInfo()
     text.add_text("bomb", "x" * 50_000_000, zip=True)
-    assert app.detect(encoded(tiny(), exif=exif))[0] == 200
     assert app.detect(encoded(tiny(), "PNG", pnginfo=text))[0] in (200, 400)
-    frames = [Image.new("L", (500, 500), i) for i in range(256)]
-    many = encoded(frames[0], "GIF", save_all=True, append_images=frames)
-    assert app.detect(many)[0] == 200

@@ -132,13 +132,12 @@ def test_any_photo_of_the_largest_area_in_1_gb(start, model):
 def test_originals_of_108_megapixels_in_1_gb(start):
     service, (content, boxes) = start(megabytes=1000), original(108)
     with ThreadPoolExecutor(8) as clients:
-        answers = [
-            clients.submit(service.compute, content, face_in(box)) for box in boxes[1:3]
+        sent = [
+            clients.submit(service.compute, content, face_in(b)) for b in boxes[1:3]
         ]
-        answers += [clients.submit(service.detect, SMALL) for _ in range(4)]
-        assert [answer.result()[0] for answer in answers] == [200] * 6
-    # A "face" of 108 megapixels.
-    refused(service.compute(content, face_in(boxes[0])), 412)
+        sent += [clients.submit(service.detect, SMALL) for _ in range(4)]
+        assert [answer.result()[0] for answer in sent] == [200] * 6
+    refused(service.compute(content, face_in(boxes[0])), 412)  # 108 megapixels of face
     assert service.log().count("Booting worker") == 1
 
 
@@ -236,22 +235,8 @@ def open_files(pid):
     return [link for link in links if "wgunicorn" not in link]
 
 
-def test_an_upload_has_no_name_on_disk(start):
-    """With most of a photo sent: not even after kill -9 is its file in a directory."""
-    service, content = start(), shared.upload(LARGE)
-    with service.connect() as client:
-        client.sendall(content[:-1000])
-        held = str(service.tmp)
-        shared.wait_for(
-            lambda: any(held in file for file in open_files(service.worker()))
-        )
-        assert list(service.tmp.iterdir()) == []
-        os.killpg(service.process.pid, signal.SIGKILL)
-        service.process.wait()
-    assert list(service.tmp.iterdir()) == []
-
-
-def test_nothing_is_left_after_success_or_error(start):
+def test_an_upload_has_no_name_on_disk_and_nothing_is_left_of_it(start):
+    """After success or error, nor after kill -9 with most of a photo sent."""
     service = start()
     service.detect(SMALL)
     before = len(open_files(service.worker()))
@@ -260,6 +245,14 @@ def test_nothing_is_left_after_success_or_error(start):
             service.detect(content, key=key)
     assert list(service.tmp.iterdir()) == []
     assert len(open_files(service.worker())) <= before
+    with service.connect() as client:
+        client.sendall(shared.upload(LARGE)[:-1000])
+        held = str(service.tmp)
+        shared.wait_for(lambda: held in " ".join(open_files(service.worker())))
+        assert list(service.tmp.iterdir()) == []
+        os.killpg(service.process.pid, signal.SIGKILL)
+        service.process.wait()
+    assert list(service.tmp.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small folder")
