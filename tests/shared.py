@@ -165,13 +165,13 @@ def wait_for(condition, seconds=60):
 
 
 def seconds(service):
-    """Return how long an honest client's small photo takes: the median of several."""
+    """Return how long a client's small photo takes, but for what else runs here."""
     taken = []
     for _ in range(9):
         began = time.monotonic()
         assert service.detect(SMALL)[0] == 200
         taken.append(time.monotonic() - began)
-    return sorted(taken)[4]
+    return sorted(taken)[2]
 
 
 @contextmanager
