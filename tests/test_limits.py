@@ -244,7 +244,7 @@ def test_an_upload_has_no_name_on_disk_and_nothing_is_left_of_it(start):
         for key in (shared.KEY, "wrong"):
             service.detect(content, key=key)
     assert list(service.tmp.iterdir()) == []
-    assert len(open_files(service.worker())) <= before
+    shared.wait_for(lambda: len(open_files(service.worker())) <= before)
     with service.connect() as client:
         client.sendall(shared.upload(LARGE)[:-1000])
         held = str(service.tmp)
