@@ -48,7 +48,11 @@ key() {
 }
 
 build() {
-    local log=vendor/build/dlib.log
+    local log=vendor/build/dlib.log jobs cores
+    # A compiler takes up to 1.5 GB.
+    jobs=$(awk '/^MemAvailable/ { print int($2 / 1500000) }' /proc/meminfo)
+    cores=$(nproc)
+    export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < 1 ? 1 : jobs < cores ? jobs : cores))
     echo "Building dlib, once: about 1.5 minutes on two cores"
     pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib 2>&1 |
         tee "$log" | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]) [^ ]+ .*[ /]([a-z_]+)\..*/\1 \2/p' || {
