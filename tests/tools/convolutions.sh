@@ -3,7 +3,7 @@
 # has a tile of its own and can be run here, and compares it with the definition (convolutions.cpp);
 # then has AddressSanitizer watch what is resized (resizing.cpp).  Needs .venv (make setup).
 set -eu
-[ $# = 0 ] || { sed -n '2,/^set/s/^# \?//p' "$0"; exit 1; }
+case ${1:-} in -*) sed -n "2,/^set/s/^# \\?//p" "$0"; exit ;; esac
 cd "$(dirname "$0")/../.."
 source=$(vendor/dlib/build.sh source)
 out=vendor/build/convolutions
