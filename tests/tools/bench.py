@@ -17,18 +17,18 @@ from pathlib import Path
 
 from shared import (
     ROOT,
-    box,
-    distance,
     encoded,
     forget_peak,
     group,
     peak_memory,
+    same,
     scaled,
     started,
 )
 
 # Megapixels, and how many photos each side gets of them.
-SIZES = {0.31: (5, 15), 1: (3, 15), 4: (1, 5), 8.29: (1, 3)}
+SIZES = {0.31: (5, 15), 1: (3, 15), 4.32: (1, 5), 8.29: (1, 3)}
+PAUSES = (0, 0.1, 1, 3)  # seconds
 
 DETECTORS = """
 import os, statistics, sys, time
@@ -97,55 +97,26 @@ def timed(service, content, clients=1, photos=1):
     return (time.perf_counter() - began) / photos, answers[0][1]
 
 
-def same_faces(one, other):
-    return len(one["faces"]) == len(other["faces"]) and all(
-        box(a) == box(b) and distance(a, b) < 1e-5
-        for a, b in zip(one["faces"], other["faces"])
-    )
-
-
 def bench_detectors(stock_python, onnx_python, photo):
     cores = sorted({1, len(os.sched_getaffinity(0))})
-    runs = [("stock", stock_python, 1)]
-    runs += [("ours", sys.executable, threads) for threads in cores]
-    runs += [("ONNX Runtime", onnx_python, threads) for threads in cores]
+    runs = [("stock", stock_python, DETECTORS, 1)]
+    runs += [("ours", sys.executable, DETECTORS, threads) for threads in cores]
+    runs += [("ONNX Runtime", onnx_python, CONVOLUTIONS, threads) for threads in cores]
     results = {}
     for _ in range(3):  # in turn
-        for name, python, threads in runs:
-            said = subprocess.run(
-                [
-                    python,
-                    "-c",
-                    CONVOLUTIONS if python == onnx_python else DETECTORS,
-                    photo,
-                ],
-                cwd=ROOT,
-                env={**os.environ, "DLIB_NUM_THREADS": str(threads)},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
+        for name, python, code, threads in runs:
+            environ = {**os.environ, "DLIB_NUM_THREADS": str(threads)}
+            command = [python, "-c", code, photo]
+            said = subprocess.check_output(command, cwd=ROOT, env=environ, text=True)
             figures = [float(word) for word in said.split()]
             results.setdefault((name, threads), []).append(figures)
-    medians = {
-        run: [statistics.median(c) for c in zip(*all)] for run, all in results.items()
-    }
-    print(
-        "\nAt 1 megapixel, 9 faces | CNN, s | bare convolutions by ONNX Runtime, s | HOG, s | a descriptor, ms"
-    )
+    print("\nAt 1 megapixel, 9 faces | threads | CNN, s | HOG, s | a descriptor, ms")
     print("---|---|---|---|---")
-    stock = medians["stock", 1]
-    for name, _, threads in runs[: -len(cores)]:
-        cnn, hog, descriptor = medians[name, threads]
-        (bare,) = medians["ONNX Runtime", threads]
-        print(
-            f"{name}, {threads} thread{'s' * (threads > 1)}"
-            f" | {cnn:.3f} ({stock[0] / cnn:.1f}x)"
-            f" | {bare:.3f}"
-            f" | {hog:.3f} ({stock[1] / hog:.1f}x)"
-            f" | {descriptor * 1e3:.1f} ({stock[2] / descriptor:.1f}x)",
-            flush=True,
-        )
+    for (name, threads), all in results.items():
+        medians = [statistics.median(column) for column in zip(*all)]
+        seconds = [f"{x * k:.3f}" for x, k in zip(medians, (1, 1, 1000))]
+        print(" | ".join([name, str(threads), *seconds]), flush=True)
+    print("(ONNX Runtime: only the CNN's convolutions)")
 
 
 def bench_services(stock_python, tmp, photos, models):
@@ -189,9 +160,27 @@ def bench_services(stock_python, tmp, photos, models):
                     print(
                         f"{model} | {megapixels} | {clients} | {before:.2f} | {after:.3f} | {60 / after:.0f}"
                         f" | {before / after:.1f}x | {memory[0]:.1f} -> {memory[1]:.1f}"
-                        f" | {'yes' if same_faces(expected, answer) else 'NO'}",
+                        f" | {'yes' if same(expected, answer) else 'NO'}",
                         flush=True,
                     )
+
+
+def bench_pauses(tmp, photos):
+    """How long a photo takes that comes after a pause, for the median of 7."""
+    print("\nMegapixels | " + " | ".join(f"after {p} s" for p in PAUSES))
+    print("---" + "|---" * len(PAUSES))
+    with started(tmp / "pauses") as service:
+        for megapixels in (0.31, 1):
+            timed(service, photos[megapixels], photos=5)
+            medians = []
+            for pause in PAUSES:
+                taken = []
+                for _ in range(7):
+                    time.sleep(pause)
+                    taken.append(timed(service, photos[megapixels])[0])
+                medians.append(statistics.median(taken))
+            figures = [f"{1e3 * m:.0f} ms ({m / medians[0]:.2f})" for m in medians]
+            print(" | ".join([str(megapixels), *figures]), flush=True)
 
 
 def bench_waiting(tmp, photo):
@@ -226,6 +215,7 @@ def main():
         (tmp / "photo.jpg").write_bytes(photos[1])
         bench_detectors(stock_python, onnx_python, tmp / "photo.jpg")
         bench_services(stock_python, tmp, photos, models)
+        bench_pauses(tmp, photos)
         bench_waiting(tmp, photos[8.29])
 
 

@@ -1,54 +1,61 @@
-"""make memory: the peak memory of one analysis, in bytes a pixel, for each model.
+"""make memory: the peak memory of a photo, for each model, over the process at rest.
 
-From it come the numbers of bytes_per_pixel and BYTES_AT_REST in the module.
+It may be 64 MB and 64 bytes a pixel, in a fresh process and after 100 photos of mixed
+sizes.  The module counts on that: OF_A_PHOTO (with a model set) and OF_A_PIXEL.
 """
 
 import io
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from shared import (
-    encoded,
-    forget_peak,
-    group,
-    memory,
-    module,
-    peak_memory,
-    scaled,
-)
+from shared import encoded, forget_peak, group, memory, module, peak_memory, scaled
 
-SIZES = (1, 4, 8.29)  # megapixels
+SIZES = ["8.29", "4.32", "1", "0.31"]  # megapixels
+MIXED = [f"{0.04 * 200 ** (i * 37 % 100 / 100):.3f}" for i in range(100)]
 
 
-def measure(model, megapixels):
-    """Print a line of the table.  Each measurement needs a fresh process."""
-    models = module.load_model_set(model)
+def measure(model, folder, sizes, others):
+    """Print a line of the table for each of the sizes, which come after others."""
+    files = module.check_model_files(model)
+    settings = {"FACE_MODEL": model, "MODEL_FILES": files, "PHOTOS_AT_ONCE": 1}
+    pool, lend = module.start_threads(settings)
+
+    def analyse(size):
+        image = module.open_photo(io.BytesIO((folder / size).read_bytes()))
+        region = (0, 0, *image.size)
+        pool.submit(module.analyse, lend, image, region, None, 0).result()
+
     rest = memory("self", "VmRSS")
-    photo = io.BytesIO(encoded(scaled(group(), megapixels)))
-    forget_peak("self")
-    for _ in range(2):  # the second finds the network's memory in place
-        image = module.open_photo(photo)
-        pixels = module.decode(image, (0, 0, *image.size))
-        image.close()
-        found = module.detect_faces(models, pixels)
-        module.describe_faces(models, pixels, [box for box, _ in found])
-        photo.seek(0)
-    peak = peak_memory("self")
-    print(
-        f"{model} | {megapixels} | {rest:.0f} MB | {peak:.0f} MB | {(peak - rest) * (1 << 20) / megapixels / 1e6:.0f}"
-    )
+    for size in others:
+        analyse(size)
+    for size in sizes:
+        forget_peak("self")
+        analyse(size)
+        peak = peak_memory("self") - rest
+        limit = 64 + 64 * float(size) * 1e6 / (1 << 20)
+        figures = f"{rest:.0f} | {peak:.0f} | {limit:.0f}"
+        held = "yes" if peak <= limit else "NO"
+        print(f"{model} | {size} | {len(others)} | {figures} | {held}", flush=True)
+
+
+def main():
+    print("Model | megapixels | after | at rest, MB | peak over it | limit | held")
+    print("---|---|---|---|---|---|---", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES + MIXED:
+            Path(folder, size).write_bytes(encoded(scaled(group(), float(size))))
+        for model in "1234":
+            for sizes in (*zip(SIZES), SIZES):
+                command = [sys.executable, __file__, folder, model, *sizes]
+                subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        measure(int(sys.argv[1]), float(sys.argv[2]))
+    if len(sys.argv) == 1:
+        main()
     else:
-        print(
-            "Model | megapixels | at rest | peak | bytes a pixel\n---|---|---|---|---",
-            flush=True,
-        )
-        for model in (1, 2, 3, 4):
-            for size in SIZES:
-                subprocess.run(
-                    [sys.executable, __file__, str(model), str(size)], check=True
-                )
+        folder, model, *sizes = sys.argv[1:]
+        others = MIXED if len(sizes) > 1 else []
+        measure(int(model), Path(folder), sizes, others)

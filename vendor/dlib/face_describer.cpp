@@ -57,7 +57,7 @@ std::vector<std::vector<float>> face_describer::operator()(const std::vector<rgb
     for (size_t i = 0; i < chips.size(); ++i)
         assign_image(images[i], chips[i]);
     std::vector<std::vector<float>> descriptors;
-    for (const auto& descriptor : impl->net(images, 16))
+    for (const auto& descriptor : impl->net(images, 4)) // at once; the network keeps 4 MB for each
         descriptors.emplace_back(descriptor.begin(), descriptor.end());
     return descriptors;
 }

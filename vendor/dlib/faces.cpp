@@ -3,6 +3,7 @@
 #include "faces.h"
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
+#include <malloc.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -123,6 +124,13 @@ namespace
 
 PYBIND11_MODULE(dlib, m)
 {
+#ifdef __GLIBC__
+    // What a small photo takes stays for the next one, and what a large one takes goes back to the system.  By
+    // default, threads have a heap each, and keep up to 64 MB of free memory in it, plus what lies between.
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_MMAP_THRESHOLD, 4 << 20);
+    mallopt(M_TRIM_THRESHOLD, 16 << 20);
+#endif
     m.attr("__version__") = VERSION;
     m.attr("DLIB_USE_CUDA") = false;
     m.attr("DLIB_FAST_FACES") = instruction_set();
