@@ -64,8 +64,7 @@ memory: setup ## measure the memory of each model
 	@$(TOOL)/memory.py
 
 convolutions: setup ## check our dlib's convolutions against the definition
-	@vendor/dlib/build.sh source
-	@tests/tools/convolutions.sh vendor/build/dlib-20.0.1
+	@tests/tools/convolutions.sh
 
 docker-test: setup ## build the image facerecognition, and check it
 	@docker info > /dev/null 2>&1 || { echo "No Docker engine answers here"; exit 1; }
