@@ -167,14 +167,15 @@ void face_detector::make_pyramid(const planes& pyramid, const std::vector<rectan
         for (long r = begin; r < end; ++r)
             for (long k = 0; k < pyramid.k; ++k)
             {
-                // Zeros around the levels
+                // Zeros around the levels, which stand from left to right.  Those of a tiny photo overlap.
                 float* const row = pyramid.row(0, k, r);
                 long done = 0;
                 for (const auto& level : levels)
                     if (level.top() <= r && r <= level.bottom())
                     {
-                        std::fill(row + done, row + level.left(), 0);
-                        done = level.right() + 1;
+                        if (done < level.left())
+                            std::fill(row + done, row + level.left(), 0);
+                        done = std::max(done, level.right() + 1);
                     }
                 std::fill(row + done, row + pyramid.nc, 0);
 
