@@ -6,7 +6,7 @@ JSON.  Settings come from the environment (defaults in parentheses):
     API_KEY         the key shared with Nextcloud        (the content of ./api.key)
     FACE_MODEL      the app's number of the model, 1 to 4                       (1)
     HOST, PORT      the address to listen on              (all, IPv4 and IPv6; 5000)
-    MAXIMUM_AREA    the largest area, in pixels  (3840 x 2160, or what memory holds)
+    MAXIMUM_AREA    what /open tells the app     (3840 x 2160, or what memory holds)
     PHOTOS_AT_ONCE  how many are analysed in parallel  (cores, or what memory holds)
 """
 
@@ -25,7 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,10 +44,10 @@ log = logging.getLogger("facerecognition")
 
 # ---------------------------------------------------------------------------- settings
 
-# Bytes of memory; "make memory" measures them.
-AT_REST = 160 << 20
-OF_A_PHOTO = 104 << 20  # in flight, its model set included; and for each pixel:
-OF_A_PIXEL = 64 if hasattr(dlib, "DLIB_FAST_FACES") else 1050
+# Bytes, as "make memory" measures them.  A photo in flight has a model set.
+MEMORY_AT_REST = 160 << 20
+MEMORY_PER_PHOTO = 104 << 20
+MEMORY_PER_PIXEL = 64 if hasattr(dlib, "DLIB_FAST_FACES") else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
@@ -59,15 +59,18 @@ def read_settings():
     face_model = _whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
-    memory = _memory() - AT_REST
-    fitting = (memory - OF_A_PHOTO) // OF_A_PIXEL // 100_000 * 100_000
+    memory = _memory() - MEMORY_AT_REST
+    per_pixel = MEMORY_PER_PIXEL * 11 // 10  # with the CNN's border
+    fitting = (memory - MEMORY_PER_PHOTO) // per_pixel // 100_000 * 100_000
     area = _whole_number("MAXIMUM_AREA", min(REFERENCE_AREA, fitting))
-    largest = OF_A_PHOTO + OF_A_PIXEL * area
-    fitting = min(len(os.sched_getaffinity(0)), memory // largest)
-    at_once = _whole_number("PHOTOS_AT_ONCE", max(fitting, 1))
-    if area < SMALLEST_AREA or at_once * largest > memory:
-        many = f"{at_once} photos (PHOTOS_AT_ONCE) of {area} pixels (MAXIMUM_AREA)"
-        sys.exit(f"{many} are too much for memory, or under {SMALLEST_AREA} pixels.")
+    largest = MEMORY_PER_PHOTO + per_pixel * area
+    at_once = min(len(os.sched_getaffinity(0)), memory // largest)
+    at_once = _whole_number("PHOTOS_AT_ONCE", max(at_once, 1))
+    if area < SMALLEST_AREA:
+        sys.exit(f"MAXIMUM_AREA, or memory, is too small for {SMALLEST_AREA} pixels.")
+    if at_once * largest > memory:
+        photos = f"{at_once} photos (PHOTOS_AT_ONCE) of {area} pixels (MAXIMUM_AREA)"
+        sys.exit(f"Memory is too small for {photos}: lower these, or add memory.")
     return {
         "API_KEY": _read_api_key(),
         "FACE_MODEL": face_model,
@@ -90,7 +93,7 @@ def _read_api_key():
     with suppress(OSError, ValueError):
         key = key or file.read_text("utf-8-sig").strip()
     if len(key.split()) != 1 or key == EXAMPLE_KEY:
-        sys.exit(f"API_KEY and {file} have no key: openssl rand -base64 32 makes one.")
+        sys.exit(f"No key can be read from API_KEY or {file}: openssl rand -base64 32.")
     return key
 
 
@@ -111,7 +114,6 @@ def _memory():
 
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
-BORDER = 11  # pixels of black that the CNN adds around an image
 load_landmarks = cache(dlib.shape_predictor)  # unlike a network, it can be shared
 
 
@@ -131,33 +133,23 @@ def check_model_files(model):
 
 def load_model_set(settings):
     """Load a model's parts from dlib, for one photo at a time: running changes them."""
-    model, files = settings["FACE_MODEL"], settings["MODEL_FILES"]
+    model = settings["FACE_MODEL"]
+    *cnn, landmarks, describer = settings["MODEL_FILES"]
     try:
         return SimpleNamespace(
-            cnn=dlib.cnn_face_detection_model_v1(files[0]) if model != 3 else None,
+            cnn=dlib.cnn_face_detection_model_v1(*cnn) if cnn else None,
             hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
-            landmarks=load_landmarks(files[-2]),
-            descriptor=dlib.face_recognition_model_v1(files[-1]),
+            landmarks=load_landmarks(landmarks),
+            descriptor=dlib.face_recognition_model_v1(describer),
         )
     except RuntimeError as error:  # dlib's; the files were checked, so memory ran out
         raise MemoryError(str(error)) from error
 
 
-def start_threads(settings):
-    """Return a pool of threads, and a context that lends each its own model set.
-
-    A thread starts, and loads its set, when a photo finds the others busy.
-    """
-    pool, own = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"]), threading.local()
-
-    @contextmanager
-    def lend():
-        models = vars(own).pop("models", None) or load_model_set(settings)
-        yield models
-        own.models = models  # not after an error: an interrupted network can crash
-
-    pool.submit(lend()(lambda: None)).result()  # the first set is loaded now
-    return pool, lend
+def own_models(own, settings):
+    """Return the model set of the calling thread, from its local data; load it first."""
+    own.models = getattr(own, "models", None) or load_model_set(settings)
+    return own.models
 
 
 def detect_faces(models, pixels):
@@ -169,7 +161,7 @@ def detect_faces(models, pixels):
     if min(pixels.shape[:2]) < 10:  # dlib's CNN crashes on narrower images
         return []
     if not models.cnn:
-        return [(box, 1.1) for box in models.hog(pixels, 1)]  # as HOG tells none
+        return [(box, 1.1) for box in models.hog(pixels, 1)]  # HOG has no confidence
     faces = [(face.rect, face.confidence) for face in models.cnn(pixels, 0)]
     if not models.hog or not faces:
         return faces
@@ -194,7 +186,7 @@ def describe_faces(models, pixels, boxes):
     if not boxes:
         return []
     shapes = [models.landmarks(pixels, box) for box in boxes]
-    # One at a time: if cut out together, descriptors depend on the other faces (0.03).
+    # One at a time: if cut out together, others change a descriptor by up to 0.03.
     chips = [dlib.get_face_chip(pixels, shape, 150, 0.25) for shape in shapes]
     descriptors = models.descriptor.compute_face_descriptor(chips)
     return [(shape.parts(), list(d)) for shape, d in zip(shapes, descriptors)]
@@ -216,9 +208,9 @@ def open_photo(file):
     if start and not SIGNATURES.match(start):
         abort(415, f"This is no image that is read here: send {', '.join(FORMATS)}.")
     if start.startswith(b"\xff\xd8"):
-        # With ends enough, a JPEG that is cut short is decoded as far as it goes.
+        # What is cut short is decoded as far as it goes, if libjpeg finds ends enough.
         file.seek(0, os.SEEK_END)
-        file.write(b"\xff\xd9" * 16)
+        file.write(b"\xff\xd9" * 512)
     file.seek(0)
     with _refusals(BROKEN):
         return Image.open(file, formats=FORMATS)
@@ -249,7 +241,8 @@ def _refusals(what):
     try:
         yield
     except Exception as error:
-        if isinstance(error, HTTPException | MemoryError) or getattr(error, "errno", 0):
+        system = isinstance(error, MemoryError) or getattr(error, "errno", 0)
+        if system or getattr(error, "code", 400) != 400:  # of HTTP
             raise
         abort(400, what)
 
@@ -263,7 +256,7 @@ NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face
 
 @service.before_request
 def check_request():
-    """Abort with 401 if the key is missing or wrong, and with 413 if it is too long."""
+    """Abort with 401 unless the key is right or not needed, with 413 if it is too much."""
     sent = request.headers.get("x-api-key")
     if request.path == "/health" or (request.path == "/welcome" and sent is None):
         return
@@ -300,8 +293,8 @@ def open_model():
 def detect():
     """Find and describe all faces of the photo in the field ``file``, as JSON."""
     name, image = _posted_photo()
-    pixels = (image.width + 2 * BORDER) * (image.height + 2 * BORDER)
-    faces = run(OF_A_PIXEL * pixels, image, (0, 0, *image.size))
+    pixels = (image.width + 22) * (image.height + 22)  # the CNN adds 11 on each side
+    faces = run(MEMORY_PER_PIXEL * pixels, image, (0, 0, *image.size))
     return {"filename": name, "faces-count": len(faces), "faces": faces}
 
 
@@ -314,7 +307,7 @@ def compute():
     """
     name, image = _posted_photo()
     with _refusals(NO_FACE):
-        face = json.loads(request.form.get("face", ""), parse_constant=int)  # no NaN
+        face = json.loads(request.form.get("face", ""), parse_constant=int)  # not NaN
         sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
         box = dlib.rectangle(*sides)
         if box.is_empty() or max(map(abs, sides)) > 1 << 20:
@@ -325,10 +318,11 @@ def compute():
     right = max(min(box.right() + margin + 1, image.width), left + 1)
     bottom = max(min(box.bottom() + margin + 1, image.height), top + 1)
     # GIF, WebP and progressive JPEG take four times the memory while they are decoded.
-    slow = image.format in ("GIF", "WEBP") or "progressive" in image.info
-    whole = (16 if slow else 4) * image.width * image.height
+    buffered = image.format in ("GIF", "WEBP") or "progressive" in image.info
+    whole = (16 if buffered else 4) * image.width * image.height
     part = (right - left) * (bottom - top)
-    needed, region = max(whole + 4 * part, 14 * part), (left, top, right, bottom)
+    converting = (14 if image.mode in ("L", "RGB") else 26) * part
+    needed, region = max(whole + 4 * part, converting), (left, top, right, bottom)
     (described,) = run(needed, image, region, box)
     face |= {key: described[key] for key in ("landmarks", "descriptor")}
     with _refusals(NO_FACE):  # which can nest too deep to be written
@@ -340,33 +334,35 @@ def _posted_photo():
     with _refusals("The request is malformed or broke off: send it again, whole."):
         upload = request.files.get("file")
     if upload is None:
-        abort(400, "There is no photo: send it as a file, in the form's field file.")
+        abort(400, "There is no photo, or it broke off: send it as the form's file.")
     return os.path.basename(upload.filename or ""), open_photo(upload.stream)
 
 
 def run(needed, image, region, box=None):
-    """Analyse an image that takes so many bytes of memory, or abort with 412."""
-    needed, most = OF_A_PHOTO + needed >> 20, current_app.config["PHOTO_MEMORY"] >> 20
+    """Analyse a region of an image that takes so many bytes, or abort with 412."""
+    needed, most = needed + MEMORY_PER_PHOTO, current_app.config["PHOTO_MEMORY"]
     if needed > most:
-        memory = f"{needed} MB of memory, of {most} that there are for one"
+        memory = f"{needed >> 20} MB of memory, of {most >> 20} that there are for one"
         abort(412, f"The photo takes {memory}: scale it down, or lower PHOTOS_AT_ONCE.")
-    pool, lend = current_app.config["THREADS"]
-    return pool.submit(analyse, lend, image, region, box, time.monotonic()).result()
+    submit, queued = current_app.config["SUBMIT"], time.monotonic()
+    return submit(image, region, box, queued).result()
 
 
-def analyse(lend, image, region, box, sent):
+def analyse(own, settings, image, region, box, queued):
     """Describe the face in ``box``, or all faces of a region, as ``/detect`` answers."""
     began = time.monotonic()
     pixels = decode(image, region)
     x, y, _, _ = region
-    with lend() as models:
-        if box:
-            found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
-        else:
-            found = detect_faces(models, pixels)
-        described = describe_faces(models, pixels, [box for box, _ in found])
+    models = own_models(own, settings)
+    own.models = None  # until all is well: a network that was interrupted can crash
+    if box:
+        found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
+    else:
+        found = detect_faces(models, pixels)
+    described = describe_faces(models, pixels, [box for box, _ in found])
+    own.models = models
     message = "%d faces in %d x %d pixels; waited %.3f s, took %.3f s"
-    log.info(message, len(found), *image.size, began - sent, time.monotonic() - began)
+    log.info(message, len(found), *image.size, began - queued, time.monotonic() - began)
     return [
         {
             "detection_confidence": confidence,
@@ -384,19 +380,19 @@ def analyse(lend, image, region, box, sent):
 @service.app_errorhandler(Exception)
 def refuse(error):
     """Answer an error with its reason, as JSON, and log it: the app shows the status."""
-    answer, reason = Response(status=500), "The service failed: its log says why."
     if isinstance(error, HTTPException):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
-        answer.status_code = 507
-        reason = f"Add memory, disk or files: {getattr(error, 'strerror', 'no memory')}"
+        answer, reason = Response(status=507), getattr(error, "strerror", error)
+        reason = f"Add memory, disk or open files: {reason}"
     else:
+        answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")
     with suppress(Exception):  # a client that still sends would not get the answer
-        while request.stream.read(1 << 16):
+        while not error.__context__ and request.stream.read(1 << 16):
             pass
-    what = request.path, request.content_length or 0
-    log.warning("%r of %d bytes: %d, %s", *what, answer.status_code, reason)
+    size, status = request.content_length or 0, answer.status_code
+    log.warning("%r of %d bytes: %d, %s", request.path, size, status, reason)
     answer.data, answer.mimetype = json.dumps({"error": reason}), "application/json"
     return answer
 
@@ -405,9 +401,11 @@ def create_app(settings=None):
     """Load the models, and return the Flask application."""
     settings = settings or read_settings()
     Image.MAX_IMAGE_PIXELS = None  # what a photo may take in memory is the limit
+    pool, own = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"]), threading.local()
+    pool.submit(own_models, own, settings).result()  # others load when needed
     app = Flask(__name__, static_folder=None)
     app.json.sort_keys = False
-    app.config.update(settings, THREADS=start_threads(settings))
+    app.config.update(settings, SUBMIT=partial(pool.submit, analyse, own, settings))
     app.config["MAX_CONTENT_LENGTH"] = max(MOST_BYTES.values())
     app.register_blueprint(service)
     log.info("Version %s, dlib %s, model %d", __version__, DLIB, settings["FACE_MODEL"])
@@ -443,7 +441,9 @@ def serve():
         "control_socket_disable": True,
         "post_worker_init": _init_worker,
         "post_request": _hang_up,
-        "on_reload": lambda _: os.kill(os.getpid(), signal.SIGTERM),  # no terminal left
+        "when_ready": lambda _: signal.signal(  # SIGHUP: the terminal was closed
+            signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM)
+        ),
     }
 
     class Server(BaseApplication):
@@ -451,8 +451,7 @@ def serve():
             for name, value in options.items():
                 self.cfg.set(name, value)
 
-        def load(self):
-            return create_app(settings)
+        load = staticmethod(partial(create_app, settings))
 
     logging.getLogger("gunicorn.error").addFilter(_in_one_line)
     Server().run()
@@ -461,8 +460,8 @@ def serve():
 def _listen():
     """Return what gunicorn binds to; exit if nothing can listen there."""
     host, port = os.environ.get("HOST", ""), _whole_number("PORT", 5000, largest=65535)
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):  # then systemd listens
-        return f"127.0.0.1:{port}"
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        return []  # gunicorn takes systemd's sockets
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
@@ -481,7 +480,7 @@ def _init_worker(worker):
 
 
 def _hang_up(worker, request, environ, answer):
-    """Read no more: else gunicorn's main thread waits for the client to close."""
+    """Read no more: else gunicorn's main thread waits 2 s for the client to close."""
     with suppress(KeyError, OSError):
         environ["gunicorn.socket"].shutdown(socket.SHUT_RD)
 
@@ -490,9 +489,10 @@ def _in_one_line(record):
     """Have gunicorn log a client's errors in one line, without what it sent."""
     record.msg, record.args = record.getMessage(), ()
     if record.exc_info and isinstance(record.exc_info[1], OSError):
+        record.msg += f" {record.exc_info[1]}"
         record.exc_info = None
     if record.msg.startswith("Invalid request"):
-        record.msg = record.msg.split(": ")[0]  # a header can be a key
+        record.msg = record.msg.split(": ")[0]  # it can quote the key
     return True
 
 

@@ -26,7 +26,7 @@ def configured(monkeypatch):
         for name, value in ({"API_KEY": shared.KEY} | settings).items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(module, "_memory", lambda: megabytes << 20)
-        monkeypatch.setattr(module, "OF_A_PIXEL", 64 if fast else 1050)
+        monkeypatch.setattr(module, "MEMORY_PER_PIXEL", 64 if fast else 1050)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
         return module.read_settings()
 

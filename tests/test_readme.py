@@ -33,7 +33,10 @@ def test_endpoints_and_statuses():
 
 def test_limits():
     prose = " ".join(README.split())
-    assert f"{module.OF_A_PIXEL} bytes a pixel" in prose or module.OF_A_PIXEL > 64
+    assert (
+        f"{module.MEMORY_PER_PIXEL} bytes a pixel" in prose
+        or module.MEMORY_PER_PIXEL > 64
+    )
     assert f"`maximum_area` is {module.REFERENCE_AREA}" in prose
     for path, most in module.MOST_BYTES.items():
         assert f"{most >> 20} MiB for `{path}`" in prose

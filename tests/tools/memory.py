@@ -1,13 +1,15 @@
 """make memory: the peak memory of a photo, for each model, over the process at rest.
 
 It may be 64 MB and 64 bytes a pixel, in a fresh process and after 100 photos of mixed
-sizes.  The module counts on that: OF_A_PHOTO (with a model set) and OF_A_PIXEL.
+sizes.  The module counts on that: MEMORY_PER_PHOTO (with a model set) and MEMORY_PER_PIXEL.
 """
 
 import io
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shared import encoded, forget_peak, group, memory, module, peak_memory, scaled
@@ -19,13 +21,14 @@ MIXED = [f"{0.04 * 200 ** (i * 37 % 100 / 100):.3f}" for i in range(100)]
 def measure(model, folder, sizes, others):
     """Print a line of the table for each of the sizes, which come after others."""
     files = module.check_model_files(model)
-    settings = {"FACE_MODEL": model, "MODEL_FILES": files, "PHOTOS_AT_ONCE": 1}
-    pool, lend = module.start_threads(settings)
+    settings = {"FACE_MODEL": model, "MODEL_FILES": files}
+    pool, own = ThreadPoolExecutor(1), threading.local()
+    pool.submit(module.own_models, own, settings).result()
 
     def analyse(size):
         image = module.open_photo(io.BytesIO((folder / size).read_bytes()))
         region = (0, 0, *image.size)
-        pool.submit(module.analyse, lend, image, region, None, 0).result()
+        pool.submit(module.analyse, own, settings, image, region, None, 0).result()
 
     rest = memory("self", "VmRSS")
     for size in others:
