@@ -45,6 +45,8 @@ namespace
         if (times_doubled != 0)
             throw error("This detector takes an image as it is: set upsample_num_times to 0.");
         const image img(array);
+        if (std::min(img.view().rows, img.view().columns) < 10)
+            return {}; // dlib's pyramid divides by zero
         return without_gil([&] { return detector(img.view()); });
     }
 
