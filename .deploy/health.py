@@ -2,10 +2,11 @@
 
 import http.client
 import os
+import sys
 
 host = os.environ.get("HOST") or "localhost"
 if host in ("0.0.0.0", "::"):
     host = "localhost"
 service = http.client.HTTPConnection(host, int(os.environ.get("PORT") or 5000), 10)
 service.request("GET", "/health")
-assert service.getresponse().status == 200
+sys.exit(service.getresponse().status != 200)

@@ -112,16 +112,17 @@ def from_pypi(names):
 def download(source, missing):
     """Have a source store what is missing.  Return whether it could be reached at all."""
     first, errors = missing(), []
-    while names := missing():
+    for attempt in range(3):
+        if not (names := missing()):
+            break
+        time.sleep(PAUSE if attempt else 0)
         try:
             source(names)
         except ERRORS as error:
             print(f"That failed: {error}", file=sys.stderr, flush=True)
             errors.append(error)
-            if len(errors) == 3:
-                break
-            time.sleep(PAUSE)
-    unreachable = all(isinstance(error, Unreachable) for error in errors)
+    names = missing()
+    unreachable = errors and all(isinstance(error, Unreachable) for error in errors)
     if names and not (unreachable and names == first):
         sys.exit(f"{names[0]} can't be downloaded: try again later.")
     return not names
