@@ -84,7 +84,7 @@ def test_model_4_lowers_the_confidence_of_faces_that_hog_does_not_find():
 
 @pytest.mark.parametrize(
     "size",
-    [(1, 1), (9, 9), (1, 300), (300, 1), (9, 40), (10, 10), (40, 11), (400, 300)],
+    [(1, 1), (9, 9), (1, 300), (300, 1), (9, 40), (10, 10), (20, 20), (40, 11)],
 )
 def test_no_faces_are_no_error(each_app, size):
     status, answer = each_app.detect(encoded(Image.new("RGB", size, "green")))
