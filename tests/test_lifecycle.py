@@ -80,13 +80,14 @@ def test_load(start):
 
 def test_first_come_first_served(monkeypatch):
     app, order, gate = App(3, PHOTOS_AT_ONCE="1"), [], threading.Event()
+    decode = shared.module.decode
     monkeypatch.setattr(
         shared.module,
-        "analyse",
-        lambda _, image, *rest: order.append(image.width) or [],
+        "decode",
+        lambda *args: order.append(args[0].width) or decode(*args),
     )
     with ThreadPoolExecutor(20) as clients:
-        app.app.config["THREADS"][0].submit(gate.wait, 60)
+        app.app.config["SUBMIT"].func(gate.wait, 60)
         for width in range(20, 35):
             clients.submit(app.detect, encoded(Image.new("L", (width, 20))))
             time.sleep(0.05)
