@@ -32,7 +32,7 @@ from types import SimpleNamespace
 import dlib
 import numpy as np
 from flask import Blueprint, Flask, Response, abort, current_app, jsonify, request
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from werkzeug.exceptions import HTTPException
 
 __version__ = "1.0.0"
@@ -384,7 +384,7 @@ def refuse(error):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
         answer, reason = Response(status=507), getattr(error, "strerror", error)
-        reason = f"Add memory, disk or open files: {reason}"
+        reason = f"Add memory, disk or open files: {reason or 'none left'}"
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")
@@ -401,6 +401,7 @@ def create_app(settings=None):
     """Load the models, and return the Flask application."""
     settings = settings or read_settings()
     Image.MAX_IMAGE_PIXELS = None  # what a photo may take in memory is the limit
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # and large profiles
     pool, own = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"]), threading.local()
     pool.submit(own_models, own, settings).result()  # others load when needed
     app = Flask(__name__, static_folder=None)
@@ -430,9 +431,8 @@ def serve():
     options = {
         "bind": _listen(),
         "workers": 1,
-        "worker_class": "gthread",
         "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-        "threads": 1000,
+        "threads": 1000,  # its worker class is gthread then
         "timeout": 0,  # a photo may take any time
         "graceful_timeout": 300,
         "keepalive": 0,  # a reused connection can close just as a photo is sent

@@ -23,9 +23,9 @@ namespace
     using net_type = loss_mmod<
         con<1, 9, 9, 1, 1, rcon5<rcon5<rcon5<downsampler<input_rgb_image_pyramid<pyramid_type>>>>>>>;
 
-    // Most of what a photo of a megapixel needs is kept for the next one.  It takes time to get memory from the
+    // Half of what a photo of a megapixel needs is kept for the next one.  It takes time to get memory from the
     // system: on a virtual machine, whose host has to find it first, more than to detect the faces.
-    const size_t bytes_kept = 40 * 1000 * 1000;
+    const size_t bytes_kept = 30 * 1000 * 1000;
 
     void give_back(float* const memory, const size_t size)
     {
@@ -36,7 +36,7 @@ namespace
     }
 
     // A thread takes the features of a band, and what the layers below need for these, from top to bottom.
-    const long band_nr = 16, band_nc = 64;
+    const long band_nr = 16, band_nc = 96;
     const long first_size = 16 * (4 * band_nr + 9) * (4 * band_nc + 9);
     const long second_size = 32 * (2 * band_nr + 3) * (2 * band_nc + 3);
 

@@ -1,6 +1,7 @@
 // The Python module: of dlib's own, what detects and describes faces, under the same names.
 #include "face_detector.h"
 #include "faces.h"
+#include <atomic>
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
 #include <malloc.h>
@@ -50,16 +51,25 @@ namespace
         return without_gil([&] { return detector(img.view()); });
     }
 
+    void trim_heap()
+    {
+#ifdef __GLIBC__
+        malloc_trim(16 << 20);
+#endif
+    }
+
     std::vector<rectangle> detect_frontal(const frontal_detector& detector, const py::array& array, const int times_doubled)
     {
         const image img(array);
         return without_gil([&] {
+            // A photo leaves free memory between what is still in use.  It stays for one of the same size.
+            static std::atomic<long> last_size(0);
+            const long size = img.view().rows * img.view().columns;
+            if (size < last_size.exchange(size) / 2)
+                trim_heap();
             auto boxes = detector(img.view(), times_doubled);
-#ifdef __GLIBC__
-            // All but a small photo leave more free memory than may stay, between what is still in use.
-            if (img.view().rows * img.view().columns > 500 * 1000)
-                malloc_trim(16 << 20);
-#endif
+            if (size > 1200 * 1000)
+                trim_heap();
             return boxes;
         });
     }
