@@ -24,6 +24,7 @@ environment() {
     CXXFLAGS='' "$1/bin/python" -m pip --disable-pip-version-check -q install "${@:2}"
 }
 
+dlib=$(sed 's/.* //; s/\.tar\.gz$//; s/-/==/' vendor/dlib/sha256)
 part=${1:-}.part
 rm -rf "$part"
 [ ! -e "${1:-}" ] || exit 0
@@ -31,7 +32,7 @@ echo "Getting ${1:-}, once"
 mkdir -p "$part"
 case ${1:-} in
     tests/photos) photos "$part" ;;
-    .venv/stock) environment "$part" --no-binary dlib dlib==20.0.1 flask numpy pillow ;;
+    .venv/stock) environment "$part" --no-binary dlib "$dlib" flask numpy pillow ;;
     .venv/onnx) environment "$part" onnx onnxruntime ;;
     *) rm -r "$part"; sed -n '2,/^set/s/^# \?//p' "$0"; exit 1 ;;
 esac
