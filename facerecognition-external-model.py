@@ -344,8 +344,7 @@ def run(needed, image, region, box=None):
     if needed > most:
         memory = f"{needed >> 20} MB of memory, of {most >> 20} that there are for one"
         abort(412, f"The photo takes {memory}: scale it down, or lower PHOTOS_AT_ONCE.")
-    submit, queued = current_app.config["SUBMIT"], time.monotonic()
-    return submit(image, region, box, queued).result()
+    return current_app.config["SUBMIT"](image, region, box, time.monotonic()).result()
 
 
 def analyse(own, settings, image, region, box, queued):
@@ -438,6 +437,7 @@ def serve():
         "keepalive": 0,  # a reused connection can close just as a photo is sent
         "limit_request_fields": 50,
         "limit_request_field_size": 2048,
+        "forwarded_allow_ips": "",  # nobody's SCRIPT_NAME or X-Forwarded-Proto counts
         "control_socket_disable": True,
         "post_worker_init": _init_worker,
         "post_request": _hang_up,

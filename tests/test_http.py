@@ -163,6 +163,13 @@ def test_a_face_keeps_what_is_nested_in_it_or_is_400(service, depth):
             assert answer["face"]["more"] == json.loads(nested(depth))["more"]
 
 
+def test_headers_of_a_proxy_do_not_count(service):
+    """Not even from 127.0.0.1, where gunicorn heeds some by default."""
+    sent = "GET /health HTTP/1.1\r\nHost: x\r\nSCRIPT_NAME: /x\r\n"
+    sent += "X-Forwarded-Proto: https\r\nX-Forwarded-Ssl: off\r\n\r\n"
+    assert answer_to(service, sent.encode()) == 200
+
+
 def test_broken_requests_are_the_clients_errors(service):
     chance, statuses = random.Random(6), set()
     head, form = upload(encoded(tiny())).split(b"\r\n\r\n", 1)
