@@ -4,7 +4,6 @@
 #include <cstring>
 #include <dlib/dnn.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 using namespace dlib;
 using cpu::planes;
@@ -27,12 +26,14 @@ namespace
     // system: on a virtual machine, whose host has to find it first, more than to detect the faces.
     const size_t bytes_kept = 30 * 1000 * 1000;
 
-    void give_back(float* const memory, const size_t size)
+    // Tells the system about the whole pages of the memory that lie beyond so many bytes.  Pages are of 2 MB where
+    // it has such: 4 KB at a time take a sixth more time.
+    void advise(float* const memory, const size_t size, const size_t beyond, const int advice)
     {
-        const size_t page = sysconf(_SC_PAGESIZE);
-        const size_t begin = ((size_t)memory + bytes_kept + page - 1) / page * page, end = (size_t)(memory + size) / page * page;
+        const size_t page = 2 << 20;
+        const size_t begin = ((size_t)memory + beyond + page - 1) / page * page, end = (size_t)(memory + size) / page * page;
         if (begin < end)
-            madvise((void*)begin, end - begin, MADV_DONTNEED);
+            madvise((void*)begin, end - begin, advice);
     }
 
     // A thread takes the features of a band, and what the layers below need for these, from top to bottom.
@@ -282,6 +283,7 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
         memory_size = 0;
         memory.reset(new float[size0 + size1]);
         memory_size = size0 + size1;
+        advise(memory.get(), memory_size, 0, MADV_HUGEPAGE);
     }
     float* const buffers[] = {memory.get(), memory.get() + size0};
 
@@ -296,6 +298,6 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
         features = out;
     }
     const auto faces = find_faces(features, levels);
-    give_back(memory.get(), memory_size);
+    advise(memory.get(), memory_size, bytes_kept, MADV_DONTNEED);
     return faces;
 }
