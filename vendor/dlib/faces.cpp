@@ -1,7 +1,6 @@
 // The Python module: of dlib's own, what detects and describes faces, under the same names.
 #include "face_detector.h"
 #include "faces.h"
-#include <atomic>
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
 #include <malloc.h>
@@ -51,27 +50,10 @@ namespace
         return without_gil([&] { return detector(img.view()); });
     }
 
-    void trim_heap()
-    {
-#ifdef __GLIBC__
-        malloc_trim(16 << 20);
-#endif
-    }
-
     std::vector<rectangle> detect_frontal(const frontal_detector& detector, const py::array& array, const int times_doubled)
     {
         const image img(array);
-        return without_gil([&] {
-            // A photo leaves free memory between what is still in use.  It stays for one of the same size.
-            static std::atomic<long> last_size(0);
-            const long size = img.view().rows * img.view().columns;
-            if (size < last_size.exchange(size) / 2)
-                trim_heap();
-            auto boxes = detector(img.view(), times_doubled);
-            if (size > 1200 * 1000)
-                trim_heap();
-            return boxes;
-        });
+        return without_gil([&] { return detector(img.view(), times_doubled); });
     }
 
     shape_predictor load_shape_predictor(const std::string& file)
@@ -149,7 +131,7 @@ PYBIND11_MODULE(dlib, m)
     // default, threads have a heap each, and keep up to 64 MB of free memory in it, plus what lies between.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 4 << 20);
-    mallopt(M_TRIM_THRESHOLD, 16 << 20);
+    mallopt(M_TRIM_THRESHOLD, 32 << 20);
 #endif
     m.attr("__version__") = VERSION;
     m.attr("DLIB_USE_CUDA") = false;

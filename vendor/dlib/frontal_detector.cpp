@@ -1,26 +1,85 @@
 #include "faces.h"
 #include <dlib/image_processing/frontal_face_detector.h>
+#include <dlib/threads.h>
+#include <mutex>
 
 using namespace dlib;
 
 struct frontal_detector::implementation
 {
-    frontal_face_detector detector = get_frontal_face_detector();
+    const frontal_face_detector detector = get_frontal_face_detector();
 };
 
 frontal_detector::frontal_detector() : impl(std::make_shared<implementation>()) {}
 
-std::vector<rectangle> frontal_detector::operator()(const rgb_view& img, const int times_doubled) const
+// As object_detector's operator() does, but a thread takes a level of the pyramid from its image to its detections,
+// so that neither the features nor the images of all levels are there at a time.
+std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const int times_doubled) const
 {
-    if (times_doubled <= 0)
-        return impl->detector(img);
-    pyramid_down<2> pyr;
-    array2d<rgb_pixel> larger;
-    pyramid_up(img, larger, pyr);
+    const pyramid_down<2> doubler;
+    array2d<rgb_pixel> image;
+    if (times_doubled > 0)
+        pyramid_up(photo, image, doubler);
+    else
+        assign_image(image, photo);
     for (int i = 1; i < times_doubled; ++i)
-        pyramid_up(larger, pyr);
-    auto boxes = impl->detector(larger);
+        pyramid_up(image, doubler);
+
+    const frontal_face_detector& detector = impl->detector;
+    const pyramid_down<6> pyramid;
+    std::mutex mutex; // for these three
+    rectangle rest = get_rect(image);
+    std::vector<std::vector<rect_detection>> found; // of each level
+    parallel_for(0, std::max(1ul, default_thread_pool().num_threads_in_pool()), [&](long)
+    {
+        scan_fhog_pyramid<pyramid_down<6>> scanner;
+        scanner.copy_configuration(detector.get_scanner());
+        scanner.set_max_pyramid_levels(1);
+        std::unique_lock<std::mutex> lock(mutex);
+        while (!rest.is_empty())
+        {
+            const size_t level = found.size();
+            found.emplace_back();
+            array2d<rgb_pixel> own;
+            own.swap(image);
+            rest = pyramid.rect_down(rest);
+            if (rest.width() < scanner.get_min_pyramid_layer_width() || rest.height() < scanner.get_min_pyramid_layer_height())
+                rest = rectangle();
+            else
+                pyramid(own, image);
+            lock.unlock();
+
+            scanner.load(own);
+            own.clear();
+            std::vector<rect_detection> here;
+            for (unsigned long i = 0; i < detector.num_detectors(); ++i)
+            {
+                const auto& filters = detector.get_processed_w(i);
+                const double least = filters.w(scanner.get_num_dimensions());
+                std::vector<std::pair<double, rectangle>> boxes;
+                scanner.detect(filters.get_detect_argument(), boxes, least);
+                for (const auto& box : boxes)
+                {
+                    here.emplace_back();
+                    here.back().detection_confidence = box.first - least;
+                    here.back().rect = pyramid.rect_up(box.second, level);
+                }
+            }
+            lock.lock();
+            found[level] = here;
+        }
+    });
+
+    std::vector<rect_detection> all;
+    for (const auto& level : found)
+        all.insert(all.end(), level.begin(), level.end());
+    std::stable_sort(all.begin(), all.end(), [](const rect_detection& a, const rect_detection& b) { return b < a; });
+    const test_box_overlap& overlaps = detector.get_overlap_tester();
+    std::vector<rectangle> boxes;
+    for (const auto& face : all)
+        if (std::none_of(boxes.begin(), boxes.end(), [&](const rectangle& box) { return overlaps(box, face.rect); }))
+            boxes.push_back(face.rect);
     for (auto& box : boxes)
-        box = pyr.rect_down(box, times_doubled);
+        box = doubler.rect_down(box, times_doubled);
     return boxes;
 }
