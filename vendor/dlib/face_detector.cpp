@@ -22,9 +22,9 @@ namespace
     using net_type = loss_mmod<
         con<1, 9, 9, 1, 1, rcon5<rcon5<rcon5<downsampler<input_rgb_image_pyramid<pyramid_type>>>>>>>;
 
-    // Half of what a photo of a megapixel needs is kept for the next one.  It takes time to get memory from the
-    // system: on a virtual machine, whose host has to find it first, more than to detect the faces.
-    const size_t bytes_kept = 30 * 1000 * 1000;
+    // What a photo of 0.31 megapixels needs, on two threads, is kept for the next one.  It takes time to get memory
+    // from the system, most of all on a virtual machine whose host has to find it first.
+    const size_t bytes_kept = 24 << 20;
 
     // Tells the system about the whole pages of the memory that lie beyond so many bytes.  Pages are of 2 MB where
     // it has such: 4 KB at a time take a sixth more time.
