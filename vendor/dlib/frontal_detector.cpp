@@ -27,7 +27,7 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
 
     const frontal_face_detector& detector = impl->detector;
     const pyramid_down<6> pyramid;
-    std::mutex mutex; // for these three
+    std::mutex mutex; // for image and the two below
     rectangle rest = get_rect(image);
     std::vector<std::vector<rect_detection>> found; // of each level
     parallel_for(0, std::max(1ul, default_thread_pool().num_threads_in_pool()), [&](long)
@@ -38,15 +38,17 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
         std::unique_lock<std::mutex> lock(mutex);
         while (!rest.is_empty())
         {
-            const size_t level = found.size();
-            found.emplace_back();
-            array2d<rgb_pixel> own;
-            own.swap(image);
-            rest = pyramid.rect_down(rest);
-            if (rest.width() < scanner.get_min_pyramid_layer_width() || rest.height() < scanner.get_min_pyramid_layer_height())
-                rest = rectangle();
+            array2d<rgb_pixel> own, smaller;
+            rectangle next = pyramid.rect_down(rest);
+            if (next.width() < scanner.get_min_pyramid_layer_width() || next.height() < scanner.get_min_pyramid_layer_height())
+                next = rectangle();
             else
-                pyramid(own, image);
+                pyramid(image, smaller);
+            const size_t level = found.size();
+            found.emplace_back(); // the last that can throw
+            own.swap(image);
+            image.swap(smaller);
+            rest = next;
             lock.unlock();
 
             scanner.load(own);
