@@ -26,13 +26,14 @@ compare() {
     $emulator "$out/convolutions"
 }
 
-has() { grep -qw "$1" /proc/cpuinfo || { echo "Not run: $1, which this CPU has not"; false; }; }
+has() { grep -qw "$1" /proc/cpuinfo || { echo "Not run: this CPU has no $1"; false; }; }
 
 if [ "$(uname -m)" = x86_64 ]; then
     compare g++ ""
     has avx && compare g++ "" -mavx
     has fma && compare g++ "" -mavx2 -mfma
     has avx512f && compare g++ "" -mavx512f -mfma
+    # Clang does not know GCC's ivdep.
     has fma && compare clang++ "" -mavx2 -mfma -Wno-unknown-pragmas
     compare aarch64-linux-gnu-g++ qemu-aarch64-static
 else

@@ -417,10 +417,11 @@ namespace dlib
                 const long num_threads = use_threads ? default_thread_pool().num_threads_in_pool() : 1;
                 const long num_parts = std::max(1L, std::min(num_groups, num_threads/num_tasks));
                 const long num_points = side ? side*side : 1;
-                // From one point's values to the next's.  At a distance of 4096 bytes, as that of 128 channels would
-                // be, they would all compete for the same few lines of the processor's first cache.
-                const long point_step = depth*block_size + 64/sizeof(float);
-                const long sum_step = num_filters*block_size + 64/sizeof(float);
+                // From one point's values to the next's.  A multiple of 4096 bytes, as with 128 channels, would have
+                // all points share a few sets of the first cache: so a line is left free in between.
+                const long cache_line = 64/sizeof(float);
+                const long point_step = depth*block_size + cache_line;
+                const long sum_step = num_filters*block_size + cache_line;
                 const auto run_tasks = [&](const long first, const long last)
                 {
                     // Not vectors, as zeroing these takes a tenth of the time of a small layer.
@@ -432,6 +433,7 @@ namespace dlib
                     for (long t = first; t < last; ++t)
                     {
                         const long part = t/num_tasks;
+                        const long first_group = part*num_groups/num_parts, end_group = (part+1)*num_groups/num_parts;
                         s.n = t%num_tasks/num_strips/num_columns;
                         s.column = t/num_strips%num_columns*column_nc;
                         s.begin = t%num_strips*strip_size;
@@ -453,17 +455,16 @@ namespace dlib
                                 }
                                 in = at_points.get();
                             }
-                            // All filters at a point before the next point, whose pixels then are read just once.
+                            // Point by point, so that the pixels at it stay in the first cache for all filters.
                             for (long i = 0; i < num_points; ++i)
-                                for (long g = part*num_groups/num_parts; g < (part+1)*num_groups/num_parts; ++g)
+                                for (long g = first_group; g < end_group; ++g)
                                 {
                                     const long f0 = g*num_filters/num_groups;
                                     const long f1 = (g+1)*num_filters/num_groups;
                                     multiply_for(f1-f0, count)(&sums[i*sum_step + f0*block_size], in + i*point_step,
                                         offsets, weights + (i*num_filters + f0)*depth);
                                 }
-                            const long end = (part+1)*num_groups/num_parts*num_filters/num_groups;
-                            for (long f = part*num_groups/num_parts*num_filters/num_groups; f < end; ++f)
+                            for (long f = first_group*num_filters/num_groups; f < end_group*num_filters/num_groups; ++f)
                             {
                                 const float* sum = &sums[f*block_size];
                                 if (side)

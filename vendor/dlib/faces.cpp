@@ -127,8 +127,9 @@ namespace
 PYBIND11_MODULE(dlib, m)
 {
 #ifdef __GLIBC__
-    // What a small photo takes stays for the next one, and what a large one takes goes back to the system.  By
-    // default, threads have a heap each, and keep up to 64 MB of free memory in it, plus what lies between.
+    // What a small photo takes stays for the next one, and what a large one takes goes back to the system: more than
+    // 32 MB would break the limit that "make memory" checks.  By default, threads have a heap each, and keep up to 64
+    // MB of free memory in it, plus what lies between.
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 4 << 20);
     mallopt(M_TRIM_THRESHOLD, 32 << 20);

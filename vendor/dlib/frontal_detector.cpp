@@ -28,7 +28,7 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
     const frontal_face_detector& detector = impl->detector;
     const pyramid_down<6> pyramid;
     std::mutex mutex; // for image and the two below
-    rectangle rest = get_rect(image);
+    rectangle size = get_rect(image); // as dlib counts levels by it: images can be a pixel smaller
     std::vector<std::vector<rect_detection>> found; // of each level
     parallel_for(0, std::max(1ul, default_thread_pool().num_threads_in_pool()), [&](long)
     {
@@ -36,19 +36,19 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
         scanner.copy_configuration(detector.get_scanner());
         scanner.set_max_pyramid_levels(1);
         std::unique_lock<std::mutex> lock(mutex);
-        while (!rest.is_empty())
+        while (!size.is_empty())
         {
             array2d<rgb_pixel> own, smaller;
-            rectangle next = pyramid.rect_down(rest);
+            rectangle next = pyramid.rect_down(size);
             if (next.width() < scanner.get_min_pyramid_layer_width() || next.height() < scanner.get_min_pyramid_layer_height())
                 next = rectangle();
             else
                 pyramid(image, smaller);
             const size_t level = found.size();
-            found.emplace_back(); // the last that can throw
+            found.emplace_back(); // or throws, and leaves all as it was for the other threads
             own.swap(image);
             image.swap(smaller);
-            rest = next;
+            size = next;
             lock.unlock();
 
             scanner.load(own);
@@ -68,7 +68,7 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
                 }
             }
             lock.lock();
-            found[level] = here;
+            found[level].swap(here);
         }
     });
 
