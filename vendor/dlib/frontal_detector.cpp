@@ -5,6 +5,18 @@
 
 using namespace dlib;
 
+namespace
+{
+    typedef std::vector<rect_detection> detections;
+    typedef std::pair<double, rectangle> box_type;
+
+    // In the order of the scan, row by row.
+    bool stands_before(const box_type& a, const box_type& b)
+    {
+        return std::make_pair(a.second.top(), a.second.left()) < std::make_pair(b.second.top(), b.second.left());
+    }
+}
+
 struct frontal_detector::implementation
 {
     const frontal_face_detector detector = get_frontal_face_detector();
@@ -29,7 +41,7 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
     const pyramid_down<6> pyramid;
     std::mutex mutex; // for image and the two below
     rectangle size = get_rect(image); // as dlib counts levels by it: images can be a pixel smaller
-    std::vector<std::vector<rect_detection>> found; // of each level
+    std::vector<std::vector<detections>> found; // at each level, by each of the five detectors
     parallel_for(0, std::max(1ul, default_thread_pool().num_threads_in_pool()), [&](long)
     {
         scan_fhog_pyramid<pyramid_down<6>> scanner;
@@ -45,7 +57,7 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
             else
                 pyramid(image, smaller);
             const size_t level = found.size();
-            found.emplace_back(); // or throws, and leaves all as it was for the other threads
+            found.emplace_back(detector.num_detectors()); // or throws, and leaves all as it was for the other threads
             own.swap(image);
             image.swap(smaller);
             size = next;
@@ -53,18 +65,19 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
 
             scanner.load(own);
             own.clear();
-            std::vector<rect_detection> here;
-            for (unsigned long i = 0; i < detector.num_detectors(); ++i)
+            std::vector<detections> here(detector.num_detectors());
+            for (size_t i = 0; i < here.size(); ++i)
             {
                 const auto& filters = detector.get_processed_w(i);
                 const double least = filters.w(scanner.get_num_dimensions());
-                std::vector<std::pair<double, rectangle>> boxes;
+                std::vector<box_type> boxes;
                 scanner.detect(filters.get_detect_argument(), boxes, least);
+                std::sort(boxes.begin(), boxes.end(), stands_before);
                 for (const auto& box : boxes)
                 {
-                    here.emplace_back();
-                    here.back().detection_confidence = box.first - least;
-                    here.back().rect = pyramid.rect_up(box.second, level);
+                    here[i].emplace_back();
+                    here[i].back().detection_confidence = box.first - least;
+                    here[i].back().rect = pyramid.rect_up(box.second, level);
                 }
             }
             lock.lock();
@@ -72,10 +85,17 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
         }
     });
 
-    std::vector<rect_detection> all;
-    for (const auto& level : found)
-        all.insert(all.end(), level.begin(), level.end());
-    std::stable_sort(all.begin(), all.end(), [](const rect_detection& a, const rect_detection& b) { return b < a; });
+    // In dlib's steps, as std::sort() would else give equal scores another order.
+    detections all;
+    for (unsigned long i = 0; i < detector.num_detectors(); ++i)
+    {
+        detections own;
+        for (const auto& level : found)
+            own.insert(own.end(), level[i].begin(), level[i].end());
+        std::sort(own.rbegin(), own.rend());
+        all.insert(all.end(), own.begin(), own.end());
+    }
+    std::sort(all.rbegin(), all.rend());
     const test_box_overlap& overlaps = detector.get_overlap_tester();
     std::vector<rectangle> boxes;
     for (const auto& face : all)
