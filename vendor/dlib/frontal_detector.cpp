@@ -91,11 +91,12 @@ namespace
         for_each_task(image.rows, [&](const long r)
         {
             const rgb_pixel* const pixels = photo.pixels + r * photo.columns;
-            for (long c = 0; c < image.columns; ++c)
+            unsigned char *const red = image.row(0, r), *const green = image.row(1, r), *const blue = image.row(2, r);
+            for (long c = 0; c < photo.columns; ++c)
             {
-                image.row(0, r)[c] = pixels[c].red;
-                image.row(1, r)[c] = pixels[c].green;
-                image.row(2, r)[c] = pixels[c].blue;
+                red[c] = pixels[c].red;
+                green[c] = pixels[c].green;
+                blue[c] = pixels[c].blue;
             }
         });
         return image;
@@ -127,7 +128,6 @@ struct frontal_detector::implementation
             }
     }
 
-    double threshold(const size_t d) const { return detector.get_processed_w(d).w(detector.get_scanner().get_num_dimensions()); }
     void scan(level& l, size_t number, long band) const;
     std::vector<rectangle> without_overlaps(const detections& found) const;
 
@@ -154,17 +154,20 @@ void frontal_detector::implementation::scan(level& l, const size_t number, const
     detections found(detector.num_detectors());
     const float* score = scores;
     for (size_t d = 0; d < found.size(); ++d)
+    {
+        const double threshold = detector.get_processed_w(d).w(scanner.get_num_dimensions());
         for (long r = 0; r < rows; ++r, score += step)
             for (long c = 0; c < l.columns; ++c)
-                if (score[c] >= threshold(d))
+                if (score[c] >= threshold)
                 {
                     const point middle = point(c, begin + r) + point(hog_filter_size / 2, hog_filter_size / 2);
                     const rectangle box = scanner.get_feature_extractor().feats_to_image(centered_rect(middle, width, height),
                         hog_cell_size, hog_filter_size, hog_filter_size);
                     found[d].emplace_back();
-                    found[d].back().detection_confidence = score[c] - threshold(d);
+                    found[d].back().detection_confidence = score[c] - threshold;
                     found[d].back().rect = pyramid.rect_up(box, number);
                 }
+    }
     l.found[band].swap(found);
 }
 

@@ -50,9 +50,9 @@ namespace
         #pragma GCC ivdep
         for (int x = begin; x < end; ++x)
         {
-            float dx = 0, dy = 0, squared = -1;
-            #pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k)
+            float dx = row[x + 1] - row[x - 1], dy = below[x] - above[x], squared = dx * dx + dy * dy;
+            #pragma GCC unroll 2
+            for (int k = 1; k < 3; ++k)
             {
                 const float color_dx = row[k * step + x + 1] - row[k * step + x - 1];
                 const float color_dy = below[k * step + x] - above[k * step + x];
@@ -242,36 +242,47 @@ namespace
         return sum;
     }
 
-    template <bool grouped, bool add>
-    void slide(float* __restrict const out, const float* const in, const long step, const float* const filter,
-        const long num)
+    // Computes one row, or two at a time, which have values in common.
+    template <bool grouped, int num_rows, bool add>
+    void slide(float* __restrict const out, const long step, const float* const in, const long in_step,
+        const float* const filter, const long num)
     {
         #pragma GCC ivdep
         for (long i = 0; i < num; ++i)
         {
-            const float sum = grouped ? product<3>(in + i, step, filter, 0)
-                + (product<3>(in + i, step, filter, 1) + product<3>(in + i, step, filter, 2))
-                : product<1>(in + i, step, filter, 0);
-            out[i] = add ? sum + out[i] : sum;
+            #pragma GCC unroll 2
+            for (int r = 0; r < num_rows; ++r)
+            {
+                const float* const from = in + r * step + i;
+                const float sum = grouped ? product<3>(from, in_step, filter, 0)
+                    + (product<3>(from, in_step, filter, 1) + product<3>(from, in_step, filter, 2))
+                    : product<1>(from, in_step, filter, 0);
+                float& to = out[r * step + i];
+                to = add ? sum + to : sum;
+            }
         }
     }
 
-    template <bool add>
-    void slide_along(float* const out, const float* const in, const long step, const float* const filter, const long num)
+    template <int num_rows, bool add>
+    void slide_along(float* const out, const long step, const float* const in, const long in_step,
+        const float* const filter, const long num)
     {
         const long grouped = num / hog_group_size * hog_group_size;
-        slide<true, add>(out, in, step, filter, grouped);
+        slide<true, num_rows, add>(out, step, in, in_step, filter, grouped);
         if (grouped < num)
-            slide<false, add>(out + grouped, in + grouped, step, filter, hog_group_size);
+            slide<false, num_rows, add>(out + grouped, step, in + grouped, in_step, filter, hog_group_size);
     }
 
     void filter(float* const scores, const long score_step, const float* const in, const long in_step, const long rows,
         const long columns, const float* const row_filter, const float* const column_filter, float* const space)
     {
+        const long step = score_step;
         for (long r = 0; r < rows + hog_filter_size - 1; ++r)
-            slide_along<false>(space + r * score_step, in + r * in_step, 1, row_filter, columns);
-        for (long r = 0; r < rows; ++r)
-            slide_along<true>(scores + r * score_step, space + r * score_step, score_step, column_filter, columns);
+            slide_along<1, false>(space + r * step, step, in + r * in_step, 1, row_filter, columns);
+        for (long r = 0; r + 1 < rows; r += 2)
+            slide_along<2, true>(scores + r * step, step, space + r * step, step, column_filter, columns);
+        if (rows % 2 != 0)
+            slide_along<1, true>(scores + (rows - 1) * step, step, space + (rows - 1) * step, step, column_filter, columns);
     }
 }
 
