@@ -236,16 +236,40 @@ def test_addresses(copy, host, listens, url):
     assert "User=root" not in unit
 
 
-def test_an_environment_whose_python_has_gone(copy):
-    """As after an upgrade of the system; nothing is done to it while make only reads."""
+def test_an_environment_that_is_not_whole_is_made_anew(copy):
     (copy / ".venv").unlink()
-    (copy / ".venv/bin").mkdir(parents=True)
-    (copy / ".venv/bin/python").symlink_to("/nonexistent/python")
-    (copy / ".venv/pyvenv.cfg").touch()
-    assert run("make", "help", cwd=copy)[0] == 0
-    assert (copy / ".venv/pyvenv.cfg").exists()
-    said = run("make", ".venv/pyvenv.cfg", "PYTHON=false", cwd=copy)[1]
-    assert "Python has changed" in said and "older than Python 3.11" in said
+    nowhere = {
+        "PIP_INDEX_URL": f"https://127.0.0.1:{free_port()}",
+        "PIP_FIND_LINKS": "",
+    }
+    nowhere |= {"PIP_CONFIG_FILE": os.devnull}
+
+    def environment(*arguments):
+        command = (sys.executable, "vendor/environment.py", *arguments)
+        return run(*command, cwd=copy, **nowhere)
+
+    made = (0, "Making a virtual environment in .venv\n")
+    assert environment() == made
+    assert environment() == (0, "")
+    assert environment("install", "pip") == (0, "")
+    status, said = environment("install", "flask")
+    assert (status, said) == (1, "PyPI can't be reached: is this machine offline?\n")
+    assert environment() == (0, "")  # as nothing was installed in part
+    assert environment("install", "./tests")[0] == 1
+    assert environment() == made
+
+
+@pytest.mark.parametrize("missing", ["whole", "pyvenv.cfg", "bin/python"])
+def test_an_environment_is_not_whole_without(copy, missing):
+    (copy / ".venv").unlink()
+    command = [sys.executable, "-m", "venv", "--without-pip", ".venv"]
+    assert run(*command, cwd=copy) == (0, "")
+    ask = (sys.executable, "-c", "import environment as e; print(e.is_whole())")
+    mark = (sys.executable, "-c", "import environment as e; e.mark_as_whole()")
+    assert run(*mark, cwd=copy / "vendor") == (0, "")
+    assert run(*ask, cwd=copy / "vendor") == (0, "True\n")
+    (copy / ".venv" / missing).unlink()
+    assert run(*ask, cwd=copy / "vendor") == (0, "False\n")
 
 
 def test_clean_with_any_name(copy):
