@@ -229,10 +229,12 @@ def test_addresses(copy, host, listens, url):
     assert said.startswith(url) and said.endswith(":81\n") and "[::]" not in said
     settings = {"HOST": host, "PORT": "81", "FACE_MODEL": "4", "UNITS": str(copy)}
     assert run(".deploy/install.sh", "units", cwd=copy, **settings) == (0, "")
-    socket, unit = (copy / f"facerecognition.{x}" for x in ("socket", "service"))
-    assert f"\nListenStream={listens}\n" in socket.read_text()
-    unit = unit.read_text()
-    assert f'ExecStart="{copy}/.venv/bin/python"' in unit and "=FACE_MODEL=4\n" in unit
+    socket, unit = (
+        (copy / f"facerecognition.{kind}.d/install.conf").read_text().splitlines()
+        for kind in ("socket", "service")
+    )
+    assert socket == ["[Socket]", "ListenStream=", f"ListenStream={listens}"]
+    assert f"WorkingDirectory={copy}" in unit and "Environment=FACE_MODEL=4" in unit
     assert "User=root" not in unit
 
 
