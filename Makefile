@@ -13,12 +13,9 @@ MODELS := $(FACE_MODEL)
 CAN_COMPILE := $(shell command -v c++ > /dev/null && $(PYTHON) -c 'import os.path, sysconfig; \
 	print(*[1] * os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2> /dev/null)
 DLIB ?= $(if $(CAN_COMPILE),built,prebuilt)
-DLIB_MARK = $(VENV)/installed-$(notdir $(DLIB))
+DLIB_MARK = $(VENV)/installed-$(subst %,,$(notdir $(DLIB)))
 SLOW = SLOW: the prebuilt dlib takes 5 to 50 times as long as ours.  For ours: \
 	sudo apt install g++ python3-dev && make DLIB=built setup
-
-# All of this CPU's instructions, but no fused multiply-add, which would move boxes.
-export CXXFLAGS ?= -march=native -ffp-contract=off
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,7 +44,7 @@ setup: download-models ## install what is missing, and download FACE_MODEL's fil
 	@echo "$(if $(filter prebuilt,$(DLIB)),$(SLOW),Ready: model $(MODELS), dlib $(DLIB))"
 
 test bench memory: MODELS := 1 2 3 4
-test bench memory docker-test: ALSO := $(VENV)/installed-tests tests/photos
+test bench memory engine docker-test: ALSO := $(VENV)/installed-tests tests/photos
 test: setup ## run all tests, or those of PYTEST="-k load"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -rs tests $(PYTEST)
@@ -67,8 +64,8 @@ bench: setup $(VENV)/stock $(VENV)/onnx ## compare with stock dlib, 15 minutes
 memory: setup ## measure the memory of each model
 	@$(TOOL)/memory.py
 
-convolutions: setup ## check our dlib's convolutions against the definition
-	@tests/tools/convolutions.sh
+engine: setup ## check our engine's parts, on each level of CPU that can be run here
+	@tests/tools/engine.sh
 
 docker-test: setup ## build the image facerecognition, and check it
 	@docker info > /dev/null 2>&1 || { echo "No Docker engine answers here"; exit 1; }
@@ -79,7 +76,7 @@ clean: ## delete everything that make has made here, except api.key
 	rm -rf $(VENV)/whole $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . \( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache \) -prune -exec rm -rf {} +
 
-.PHONY: help serve setup test download-models install uninstall bench memory convolutions docker-test \
+.PHONY: help serve setup test download-models install uninstall bench memory engine docker-test \
 	clean always
 
 # What setup makes, one make at a time.
