@@ -23,6 +23,11 @@ RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-de
     && .venv/bin/pip uninstall -qy pip
 
 
+# For a release: docker build --target wheel --output wheels --build-arg MODELS= .
+FROM scratch AS wheel
+COPY --from=builder /app/vendor/wheels /
+
+
 FROM $BASE
 LABEL org.opencontainers.image.title="facerecognition-external-model" \
     org.opencontainers.image.description="Finds and describes faces for Nextcloud's app Face Recognition"

@@ -13,7 +13,7 @@ MODELS := $(FACE_MODEL)
 CAN_COMPILE := $(shell command -v c++ > /dev/null && $(PYTHON) -c 'import os.path, sysconfig; \
 	print(*[1] * os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2> /dev/null)
 DLIB ?= $(if $(CAN_COMPILE),built,prebuilt)
-DLIB_MARK = $(VENV)/installed-$(notdir $(DLIB))
+DLIB_MARK = $(VENV)/installed-$(subst %,,$(notdir $(DLIB)))
 SLOW = SLOW: the prebuilt dlib takes 5 to 50 times as long as ours.  For ours: \
 	sudo apt install g++ python3-dev && make DLIB=built setup
 
