@@ -19,7 +19,7 @@ def cells(section):
 
 def test_settings():
     named = re.findall(r"\b[A-Z]+_[A-Z_]+\b|\bHOST\b|\bPORT\b", module.__doc__)
-    named += ["DLIB_NUM_THREADS", "TMPDIR"]
+    named += ["DLIB_NUM_THREADS", "FACES_CPU", "TMPDIR"]
     assert {c for c in cells("Settings") if c.isupper()} == set(named)
 
 
@@ -61,6 +61,10 @@ def test_links(page):
     anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
     for link in re.findall(r"\]\((?!http)([^)]+)\)", page):
         assert link in anchors or (folder / link.split("#")[0]).exists(), link
+
+
+def test_length():
+    assert len(README.split()) <= 2400
 
 
 def test_the_apps_link_has_its_anchor():
