@@ -64,7 +64,7 @@ def hide_in_jpeg(file):
             continue
         jfif = kind == 0xE0 and length >= 16 and file[at + 4 : at + 9] == b"JFIF\0"
         adobe = kind == 0xEE and length >= 14 and file[at + 4 : at + 9] == b"Adobe"
-        if kind >= 0xE0 and not (jfif or adobe):
+        if (0xE0 <= kind <= 0xEF or kind == 0xFE) and not (jfif or adobe):
             file[at + 1] = 0xDC
         arithmetic = arithmetic or 0xC9 <= kind <= 0xCB
         at += 2 + max(length, 2)
@@ -74,20 +74,20 @@ def hide_in_jpeg(file):
 def hide_in_png(file):
     """Hide from Pillow the chunks on which no pixel depends, as libpng only warns of them.
 
-    Raises ``ValueError`` if the checksum of another is wrong, as libpng does.
+    Raises ``ValueError``, as libpng does, if another is damaged or missing.
     """
-    at = 8
-    while at + 12 <= len(file):
+    at, kind, needed = 8, b"", {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+    while kind != b"IEND":
         kind, end = file[at + 4 : at + 8], at + 8 + int.from_bytes(file[at : at + 4])
-        hidden = kind[0] & 32
-        if kind == b"tRNS" or not hidden:
-            with memoryview(file) as view:
-                crc = zlib.crc32(view[at + 4 : end]).to_bytes(4, "big")
-            whole = crc == file[end : end + 4]
-            if not whole and not hidden:
-                raise ValueError(f"wrong checksum of {kind.decode('latin-1')}")
-            hidden = not whole
-        if hidden:
+        if end + 4 > len(file):
+            raise ValueError("it is cut short")
+        if kind == b"IDAT":
+            needed.discard(b"tRNS")  # too late
+        with memoryview(file) as view:
+            crc = kind in needed and zlib.crc32(view[at + 4 : end])
+        if crc != int.from_bytes(file[end : end + 4]):
+            if not kind[0] & 32:
+                raise ValueError(f"its chunk {kind.decode('latin-1')} is damaged")
             file[at + 4 : at + 8] = b"hIDe"
         at = end + 4
 
@@ -138,7 +138,7 @@ def decode(service):
         service.sendall(json.dumps(what).encode() + b"\n")
 
     def limit_memory(size):
-        resource.setrlimit(resource.RLIMIT_AS, (at_start + size, at_start + size))
+        resource.setrlimit(resource.RLIMIT_AS, [max(at_start + size, 0)] * 2)
 
     at_start = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     service.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -154,15 +154,22 @@ def decode(service):
         answer(size=image.size)
         request = json.loads(service.recv(1024))
         limit_memory(request["memory"])
-        image.load()
+        strips = rgb_strips(image, *request["region"])
+        first = next(strips)
     except Exception as error:
         answer(**refusal(error, image))
         raise
     answer()
-    left, top, right, bottom = request["region"]
+    service.sendall(first)
+    for strip in strips:
+        service.sendall(strip)
+
+
+def rgb_strips(image, left, top, right, bottom):
+    """Yield a region's RGB bytes, some rows at a time."""
     for row in range(top, bottom, ROWS):
         strip = image.crop((left, row, right, min(row + ROWS, bottom)))
-        service.sendall(to_rgb(strip).tobytes())
+        yield to_rgb(strip).tobytes()
 
 
 def refusal(error, image):

@@ -39,7 +39,9 @@ def listen(host, port):
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        server = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+        server = socket.create_server(
+            (host, port), family=family, dualstack_ipv6=both, backlog=2048
+        )
     except OSError as error:
         sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {error}.")
     return f"fd://{server.detach()}"
