@@ -35,8 +35,7 @@ help: ## show this list
 	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=built|prebuilt|WHEEL PYTHON="
 
 serve: setup $(if $(API_KEY),,api.key) ## run the service
-	@echo "Its address for Nextcloud is $(URL).  Ctrl-C stops it."
-	@exec $(BIN)/python facerecognition-external-model.py
+	@SHOWN_ADDRESS=$(URL) exec $(BIN)/python -m gunicorn -c .deploy/gunicorn.conf.py
 
 setup: download-models ## install what is missing, and download FACE_MODEL's files
 	@flock -n vendor true || echo "Waiting for another make"

@@ -14,7 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from shared import KEY, ROOT, free_port, module
+from shared import KEY, ROOT, SERVE, free_port, module
 
 
 def run(*command, cwd=ROOT, **settings):
@@ -42,8 +42,7 @@ def copy(tmp_path):
 
 
 def refuses(place, words, **settings):
-    command = [sys.executable, "facerecognition-external-model.py"]
-    status, said = run(*command, cwd=place, PORT=str(free_port()), **settings)
+    status, said = run(*SERVE, cwd=place, PORT=str(free_port()), **settings)
     assert status == 1 and words in said.splitlines()[-1], said
     assert len([line for line in said.splitlines() if "WARNING" not in line]) == 1, said
 
