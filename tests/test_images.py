@@ -3,8 +3,6 @@
 import functools
 import random
 import tempfile
-from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +21,8 @@ def pixels(content, memory=1 << 30):
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        with closing(decoder(1).open(file, memory)) as photo:
-            return photo.pixels((0, 0, *photo.size), memory)
+        limits = {"memory": memory, "pixels": 1 << 30, "border": 0}
+        return decoder(1).decode(file, region=None, **limits)[0]
 
 
 def tiny(mode="RGB"):
