@@ -19,9 +19,11 @@ namespace
             : num_cells((columns + half_cell) / cell), pixel_step(columns), cell_step(num_cells + 2) {}
 
         long pixels(const long row) const { return row % 3 * 3 * pixel_step; }
-        long lengths() const { return 9 * pixel_step; }
-        long bins() const { return 10 * pixel_step; }
-        long pairs() const { return 11 * pixel_step; }
+        long bins() const { return 9 * pixel_step; }
+        long lengths() const { return 10 * pixel_step; }
+        long to_left() const { return 11 * pixel_step; }
+        long to_right() const { return 12 * pixel_step; }
+        long pairs() const { return 13 * pixel_step; }
         long cells(const long row) const { return pairs() + (2 + (row & 1)) * num_orientations * cell_step; }
         long energies(const long row) const { return pairs() + (4 * num_orientations + (row & 1)) * cell_step; }
         long limits(const long row) const { return energies(0) + (2 + (row & 1)) * cell_step; }
@@ -34,63 +36,60 @@ namespace
 
     long features_space(const long columns) { return layout(columns).size(); }
 
-    // Finds the length of the gradient of each pixel x of a row, and its orientation's place among the row's pairs.
-    // Of the three colors the one counts whose gradient is longest; of equal ones, the last or the first.
-    template <bool last>
-    void find_gradients(float* __restrict const lengths, int* __restrict const bins, const float* const above,
-        const float* const row, const float* const below, const long step, const long begin, const long end)
+    // For each pixel x of a row, finds the length of its gradient, shared out to the cells on its left and right, and
+    // the place among the row's pairs of the left one's bin for its orientation.
+    // Of the three colors the one counts whose gradient is longest; of equal ones, the last if they are in a group.
+    template <bool grouped>
+    void find_gradients(float* __restrict const to_left, float* __restrict const to_right, float* __restrict const lengths,
+        int* __restrict const bins, const float* const above, const float* const row, const float* const below,
+        const long step, const long begin, const long end)
     {
+        // dlib takes the longest of 18 projections.  Seen from these, it is that between whose neighbors the gradient is:
+        // for each pair of values that a gradient of bytes can have.
+        const float tangents[] = {0.0603f / 0.3420f, 0.1737f / 0.3008f, 0.2660f / 0.2232f, 0.3264f / 0.1188f};
         #pragma GCC ivdep
         for (int x = begin; x < end; ++x)
         {
-            float dx = 0, dy = 0, squared = -1;
-            #pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k)
+            float dx = row[x + 1] - row[x - 1], dy = below[x] - above[x], squared = dx * dx + dy * dy;
+            #pragma GCC unroll 2
+            for (int k = 1; k < 3; ++k)
             {
                 const float color_dx = row[k * step + x + 1] - row[k * step + x - 1];
                 const float color_dy = below[k * step + x] - above[k * step + x];
                 const float color_squared = color_dx * color_dx + color_dy * color_dy;
-                const bool longer = last ? color_squared >= squared : color_squared > squared;
+                const bool longer = grouped ? color_squared >= squared : color_squared > squared;
                 dx = longer ? color_dx : dx;
                 dy = longer ? color_dy : dy;
                 squared = longer ? color_squared : squared;
             }
 
-            // dlib takes the longest of 18 projections.  Their directions are five and their mirror images, so which of
-            // the five it is depends on the gradient's absolute values, and which image on their signs.
-            const float cosines[] = {0.9397f, 0.7660f, 0.500f, 0.1736f}, sines[] = {0.3420f, 0.6428f, 0.8660f, 0.9848f};
-            const float absolute_dx = __builtin_fabsf(dx), absolute_dy = __builtin_fabsf(dy);
-            float longest = absolute_dx;
-            int orientation = 0;
-            #pragma GCC unroll 4
-            for (int o = 0; o < 4; ++o)
-            {
-                const float projection = absolute_dx * cosines[o] + absolute_dy * sines[o];
-                orientation = projection > longest ? o + 1 : orientation;
-                longest = projection > longest ? projection : longest;
-            }
-            const float sign = orientation == 0 ? dx : dy;
-            orientation = orientation != 0 && dx * dy < 0 ? 9 - orientation : orientation;
-            orientation += sign < 0 ? 9 : 0;
-
+            const float width = __builtin_fabsf(dx), height = __builtin_fabsf(dy);
+            const int steep = (height > width * tangents[0]) + (height > width * tangents[1])
+                + (height > width * tangents[2]) + (height > width * tangents[3]);
+            const float sign = steep == 0 ? dx : dy;
+            const int orientation = ((steep != 0) & (dx * dy < 0) ? 9 - steep : steep) + (sign < 0 ? 9 : 0);
             bins[x] = 2 * (((x + (int)half_cell) >> 3) * num_orientations + orientation);
-            lengths[x] = __builtin_sqrtf(squared);
+
+            const float right = (((x + (int)half_cell) & 7) + 0.5f) / cell, length = __builtin_sqrtf(squared);
+            to_left[x] = grouped ? (1 - right) * length : 1 - right;
+            to_right[x] = grouped ? right * length : right;
+            lengths[x] = length;
         }
     }
 
     // Adds the lengths to the four bins around each pixel by bilinear interpolation.
     template <bool grouped>
-    void vote(float* const pairs, const float* const lengths, const int* const bins, const long y, const long begin,
-        const long end)
+    void vote(float* const pairs, const float* const to_left, const float* const to_right, const float* const lengths,
+        const int* const bins, const long y, const long begin, const long end)
     {
         const float lower = ((y + half_cell) % cell + 0.5f) / cell;
         const two_floats down = {1 - lower, lower};
         for (long x = begin; x < end; ++x)
         {
-            const float right = ((x + half_cell) % cell + 0.5f) / cell, left = 1 - right;
-            float* const bin = pairs + bins[x];
-            *(two_floats*)bin += grouped ? down * (left * lengths[x]) : down * left * lengths[x];
-            *(two_floats*)(bin + 2 * num_orientations) += grouped ? down * (right * lengths[x]) : down * right * lengths[x];
+            two_floats* const left = (two_floats*)(pairs + bins[x]);
+            two_floats* const right = (two_floats*)(pairs + bins[x] + 2 * num_orientations);
+            *left += grouped ? down * to_left[x] : down * to_left[x] * lengths[x];
+            *right += grouped ? down * to_right[x] : down * to_right[x] * lengths[x];
         }
     }
 
@@ -185,8 +184,8 @@ namespace
         const long rows, const long columns, const long begin, const long end, float* const space)
     {
         const layout in(columns);
-        float* const lengths = space + in.lengths();
         int* const bins = (int*)(space + in.bins());
+        float *const lengths = space + in.lengths(), *const to_left = space + in.to_left(), *const to_right = space + in.to_right();
         float* const pairs = space + in.pairs();
         for (long i = 0; i < 2 * num_orientations * in.cell_step; ++i)
             pairs[i] = 0;
@@ -215,10 +214,10 @@ namespace
                 load_pixels(y + 1);
                 const float *const above = space + in.pixels(y - 1), *const middle = space + in.pixels(y);
                 const float* const below = space + in.pixels(y + 1);
-                find_gradients<true>(lengths, bins, above, middle, below, columns, 1, grouped);
-                find_gradients<false>(lengths, bins, above, middle, below, columns, grouped, last_column);
-                vote<true>(pairs, lengths, bins, y, 1, grouped);
-                vote<false>(pairs, lengths, bins, y, grouped, last_column);
+                find_gradients<true>(to_left, to_right, lengths, bins, above, middle, below, columns, 1, grouped);
+                find_gradients<false>(to_left, to_right, lengths, bins, above, middle, below, columns, grouped, last_column);
+                vote<true>(pairs, to_left, to_right, lengths, bins, y, 1, grouped);
+                vote<false>(pairs, to_left, to_right, lengths, bins, y, grouped, last_column);
             }
             take_cells(space + in.cells(row), pairs, in.cell_step, in.num_cells);
             find_energies(space + in.energies(row), space + in.cells(row), in.cell_step, in.num_cells);
@@ -232,39 +231,58 @@ namespace
         }
     }
 
-    // Sums up products with values that lie a step from each other, as dlib does: in groups, by three sums, else by one.
-    template <bool grouped, bool add>
-    void slide(float* __restrict const out, const float* const in, const long step, const float* const filter,
-        const long num)
+    // Adds up every so-manieth product of a filter and values that lie a step from each other.
+    template <int every>
+    float product(const float* const in, const long step, const float* const filter, const int first)
+    {
+        float sum = in[first * step] * filter[first];
+        #pragma GCC unroll 10
+        for (int j = first + every; j < hog_filter_size; j += every)
+            sum += in[j * step] * filter[j];
+        return sum;
+    }
+
+    // Computes one row, or two at a time, which have values in common.
+    template <bool grouped, int num_rows, bool add>
+    void slide(float* __restrict const out, const long step, const float* const in, const long in_step,
+        const float* const filter, const long num)
     {
         #pragma GCC ivdep
         for (long i = 0; i < num; ++i)
         {
-            float sums[3] = {};
-            #pragma GCC unroll 10
-            for (int j = 0; j < hog_filter_size; ++j)
-                sums[grouped && j < 9 ? j % 3 : 0] += in[j * step + i] * filter[j];
-            const float sum = grouped ? sums[0] + (sums[1] + sums[2]) : sums[0];
-            out[i] = add ? sum + out[i] : sum;
+            #pragma GCC unroll 2
+            for (int r = 0; r < num_rows; ++r)
+            {
+                const float* const from = in + r * step + i;
+                const float sum = grouped ? product<3>(from, in_step, filter, 0)
+                    + (product<3>(from, in_step, filter, 1) + product<3>(from, in_step, filter, 2))
+                    : product<1>(from, in_step, filter, 0);
+                float& to = out[r * step + i];
+                to = add ? sum + to : sum;
+            }
         }
     }
 
-    template <bool add>
-    void slide_along(float* const out, const float* const in, const long step, const float* const filter, const long num)
+    template <int num_rows, bool add>
+    void slide_along(float* const out, const long step, const float* const in, const long in_step,
+        const float* const filter, const long num)
     {
         const long grouped = num / hog_group_size * hog_group_size;
-        slide<true, add>(out, in, step, filter, grouped);
+        slide<true, num_rows, add>(out, step, in, in_step, filter, grouped);
         if (grouped < num)
-            slide<false, add>(out + grouped, in + grouped, step, filter, hog_group_size);
+            slide<false, num_rows, add>(out + grouped, step, in + grouped, in_step, filter, hog_group_size);
     }
 
     void filter(float* const scores, const long score_step, const float* const in, const long in_step, const long rows,
         const long columns, const float* const row_filter, const float* const column_filter, float* const space)
     {
+        const long step = score_step;
         for (long r = 0; r < rows + hog_filter_size - 1; ++r)
-            slide_along<false>(space + r * score_step, in + r * in_step, 1, row_filter, columns);
-        for (long r = 0; r < rows; ++r)
-            slide_along<true>(scores + r * score_step, space + r * score_step, score_step, column_filter, columns);
+            slide_along<1, false>(space + r * step, step, in + r * in_step, 1, row_filter, columns);
+        for (long r = 0; r + 1 < rows; r += 2)
+            slide_along<2, true>(scores + r * step, step, space + r * step, step, column_filter, columns);
+        if (rows % 2 != 0)
+            slide_along<1, true>(scores + (rows - 1) * step, step, space + (rows - 1) * step, step, column_filter, columns);
     }
 }
 

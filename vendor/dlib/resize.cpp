@@ -15,7 +15,7 @@ resizing<T>::resizing(const planes<T>& to_, const planes<T>& from_) : to(to_), f
     // About as many pixels as are worth a thread's while, but not more than ....
     rows_per_task = std::max(1L, (1 << 15) / std::max(1L, to.columns));
     if (from.rows * from.columns > 0 && to.columns > 0)
-        num = to.num * ((to.rows + rows_per_task - 1) / rows_per_task);
+        num = (to.rows + rows_per_task - 1) / rows_per_task;
 
     // As dlib finds the columns, four at a time, in single precision.  The sums in xs may fall behind, so that the
     // output's row ends before the input's.
@@ -40,12 +40,11 @@ resizing<T>::resizing(const planes<T>& to_, const planes<T>& from_) : to(to_), f
 template <typename T>
 void resizing<T>::run(const long task) const
 {
-    const long plane = task % to.num, begin = task / to.num * rows_per_task;
-    const resize_shape shape = {from.rows, from.columns, to.rows, to.columns, (long)lefts.size(), lefts.data(),
-        fractions.data()};
+    const resize_shape shape = {to.num, from.rows, from.columns, from.row_step, from.plane_step, to.rows, to.columns,
+        to.row_step, to.plane_step, (long)lefts.size(), lefts.data(), fractions.data()};
     const std::unique_ptr<T[]> space(new T[4 * lefts.size()]);
-    rows_of(T())(to.row(plane, 0), to.row_step, from.row(plane, 0), from.row_step, shape, begin,
-        std::min(begin + rows_per_task, to.rows), space.get());
+    const long begin = task * rows_per_task;
+    rows_of(T())(to.data, from.data, shape, begin, std::min(begin + rows_per_task, to.rows), space.get());
 }
 
 template class resizing<unsigned char>;

@@ -4,11 +4,15 @@
 // The loops of resizing (resize.h).  They are compiled for each level of CPU (cpu.h); each thread may call them for
 // memory of its own.
 
-// From what to what a plane is resized.
+// From what to what the planes are resized.  Plane k has row r at k * plane_step + r * row_step.
 struct resize_shape
 {
-    long in_rows, in_columns, out_rows, out_columns;
-    // The first num columns of the output lie between lefts[c] and the column on its right, fractions[c] of the way.
+    long num_planes;
+    long in_rows, in_columns, in_row_step, in_plane_step;
+    long out_rows, out_columns, out_row_step, out_plane_step;
+
+    // The first num columns of the output lie between the input's column lefts[c] and the one on its right, fractions[c]
+    // of the way.  The others are computed in double precision.
     long num;
     const int* lefts;
     const float* fractions;
@@ -16,11 +20,10 @@ struct resize_shape
 
 struct resize_kernels
 {
-    // Set rows [begin,end) of out, whose row r is at out + r * out_step.  space is for 4 * num values.
-    void (*bytes)(unsigned char* out, long out_step, const unsigned char* in, long in_step, const resize_shape& shape,
-        long begin, long end, unsigned char* space);
-    void (*floats)(float* out, long out_step, const float* in, long in_step, const resize_shape& shape, long begin,
-        long end, float* space);
+    // Set rows [begin,end) of all planes of the output.  space is for 4 * num values.
+    void (*bytes)(unsigned char* out, const unsigned char* in, const resize_shape& shape, long begin, long end,
+        unsigned char* space);
+    void (*floats)(float* out, const float* in, const resize_shape& shape, long begin, long end, float* space);
 };
 
 #endif
