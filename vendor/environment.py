@@ -66,10 +66,8 @@ def pip(arguments):
     if whole and (status == 0 or unreachable):  # then it has not begun to install
         mark_as_whole()
     if status and "CERTIFICATE_VERIFY_FAILED" in said:
-        reason = (
-            "PyPI's certificate is not trusted here.  If a proxy has a CA of its own:"
-        )
-        sys.exit(f"{reason} export SSL_CERT_FILE=/path/of/ca.pem")
+        print("PyPI's certificate is not trusted here.", file=sys.stderr)
+        sys.exit("If a proxy has a CA of its own: export SSL_CERT_FILE=/path/of/ca.pem")
     if status and unreachable:
         sys.exit("PyPI can't be reached: is this machine offline?")
     if status:
@@ -80,7 +78,7 @@ def run(arguments):
     """Return pip's exit status; say every ten seconds that it runs, and what is built."""
     environ = {"PIP_CERT": os.environ.get("SSL_CERT_FILE", "")} | os.environ
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--retries=2"]
-    command += arguments
+    command += ["--require-virtualenv", *arguments]
     with (
         LOG.open("w") as log,
         subprocess.Popen(command, env=environ, stdout=log, stderr=log) as process,
