@@ -20,7 +20,7 @@ ARG MODELS_FROM=github
 RUN python3 vendor/models.py $MODELS
 COPY vendor vendor/
 RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-deps vendor/wheels/*.whl \
-    && .venv/bin/pip uninstall -qy pip
+    && .venv/bin/pip uninstall -qy pip && rm .venv/pip.log
 
 
 # For a release: docker build --target wheel --output wheels --build-arg MODELS= .

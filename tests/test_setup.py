@@ -237,6 +237,17 @@ def test_addresses(copy, host, listens, url):
     assert "User=root" not in unit
 
 
+def test_the_units_are_sound_and_shut_in(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("apt install systemd")
+    assert run(".deploy/install.sh", "units", UNITS=str(tmp_path)) == (0, "")
+    unit = str(tmp_path / "facerecognition.service")
+    assert run("systemd-analyze", "verify", unit) == (0, "")
+    judge = ("systemd-analyze", "security", "--offline=yes", "--threshold=20", unit)
+    status, said = run(*judge)
+    assert status == 0, said
+
+
 def test_an_environment_that_is_not_whole_is_made_anew(copy):
     (copy / ".venv").unlink()
     nowhere = {
