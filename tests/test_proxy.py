@@ -66,7 +66,7 @@ def test_two_originals_of_250_mb_fit_caddys_1_gb(service, caddy):
     proxy = caddy(service)
     with ThreadPoolExecutor(2) as clients:
         faces = [shared.face_in((1, 1, 9, 9))] * 2
-            answers = clients.map(proxy.compute, [bytes(250 << 20)] * 2, faces)
+        answers = clients.map(proxy.compute, [bytes(250 << 20)] * 2, faces)
         assert [status for status, _ in answers] == [415] * 2
     assert shared.peak_memory(proxy.process.pid) < 700
 
