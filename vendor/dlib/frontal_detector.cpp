@@ -1,3 +1,4 @@
+#include "buffer.h"
 #include "cpu.h"
 #include "faces.h"
 #include "planes.h"
@@ -19,31 +20,11 @@ namespace
     // There are rows and columns of zeros around the features, for windows that lie partly outside.
     const long padding = hog_filter_size - 1, padding_before = padding / 2;
 
-    // Rows that begin where the processor's registers do are read in half the time: at multiples of so many floats.
-    const long alignment = 16;
-    long aligned(const long floats) { return (floats + alignment - 1) / alignment * alignment; }
-
-    // Memory of no particular values, to be used again.
-    template <typename T>
-    class buffer
+    long aligned(const long floats)
     {
-    public:
-        T* get(const long needed)
-        {
-            if (needed > size)
-            {
-                memory.reset();
-                size = 0;
-                memory.reset(new float[aligned(needed * sizeof(T) / sizeof(float)) + alignment]);
-                size = needed;
-            }
-            return (T*)((size_t)(memory.get() + alignment - 1) / (4 * alignment) * (4 * alignment));
-        }
-
-    private:
-        std::unique_ptr<float[]> memory;
-        long size = 0;
-    };
+        const long line = buffer<float>::alignment / sizeof(float);
+        return (floats + line - 1) / line * line;
+    }
 
     // A level of the pyramid: its image, its features, and what is found in each band of them.
     struct level

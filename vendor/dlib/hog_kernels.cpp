@@ -73,7 +73,8 @@ namespace
             const float right = (((x + (int)half_cell) & 7) + 0.5f) / cell, length = __builtin_sqrtf(squared);
             to_left[x] = grouped ? (1 - right) * length : 1 - right;
             to_right[x] = grouped ? right * length : right;
-            lengths[x] = length;
+            if (!grouped)
+                lengths[x] = length;
         }
     }
 
