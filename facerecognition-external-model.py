@@ -201,6 +201,9 @@ def describe_faces(models, pixels, boxes):
 # ------------------------------------------------------------------------------ images
 
 
+DECODING_SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
+
+
 class Decoder:
     """Processes that decode one photo each, so that none harms the models or another.
 
@@ -208,19 +211,16 @@ class Decoder:
     """
 
     def __init__(self, count):
-        self.count, self.lock = count, Lock()
+        self.command = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
+        self.command += [str(count), str(DECODING_SECONDS)]
+        self.lock = Lock()
         self._start()
 
     def _start(self):
         self.sockets, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-I", "-Wignore", HERE / ".deploy" / "decoder.py"]
+        alone = {"env": {}, "start_new_session": True}  # Ctrl-C is not for it
         with theirs:
-            self.main = subprocess.Popen(
-                [*command, str(self.count)],
-                env={},
-                stdin=theirs,
-                start_new_session=True,
-            )
+            self.main = subprocess.Popen(self.command, stdin=theirs, **alone)
 
     def _waiting(self):
         """Return a process that waits for a photo, as a socket."""
@@ -466,8 +466,8 @@ def refuse(error):
     if isinstance(error, HTTPException):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
-        answer, reason = Response(status=507), getattr(error, "strerror", error)
-        reason = f"Add memory, disk or open files: {reason or 'none left'}"
+        answer, reason = Response(status=507), getattr(error, "strerror", None) or error
+        reason = f"Add memory, disk or open files: {str(reason) or 'none left'}"
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")
