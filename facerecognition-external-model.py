@@ -204,6 +204,9 @@ def describe_faces(models, pixels, boxes):
 # ------------------------------------------------------------------------------ images
 
 
+DECODING_SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
+
+
 class Decoder:
     """Processes that decode a photo each, so that none harms the models or another photo.
 
@@ -211,7 +214,9 @@ class Decoder:
     """
 
     def __init__(self, count):
-        self.count, self.lock = count, Lock()
+        self.command = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
+        self.command += [str(count), str(DECODING_SECONDS)]
+        self.lock = Lock()
         self._start()
 
     def decode(self, file, **request):
@@ -253,14 +258,9 @@ class Decoder:
 
     def _start(self):
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        program = [HERE / ".deploy" / "decoder.py", str(self.count)]
+        alone = {"env": {}, "start_new_session": True}  # Ctrl-C is not for it
         with theirs:
-            self.main = subprocess.Popen(
-                [sys.executable, "-I", "-Wignore", *program],
-                env={},
-                stdin=theirs,
-                start_new_session=True,  # a Ctrl-C does not reach it
-            )
+            self.main = subprocess.Popen(self.command, stdin=theirs, **alone)
 
 
 # ---------------------------------------------------------------------------- analysis
@@ -443,8 +443,8 @@ def refuse(error):
     if isinstance(error, HTTPException):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
-        answer, reason = Response(status=507), getattr(error, "strerror", error)
-        reason = f"Add memory, disk or open files: {reason or 'none left'}"
+        answer, reason = Response(status=507), getattr(error, "strerror", None) or error
+        reason = f"Add memory, disk or open files: {str(reason) or 'none left'}"
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")

@@ -1,9 +1,10 @@
 """Decodes photos, each in a process of its own, whose memory and time the system limits.
 
-    decoder.py COUNT
+    decoder.py COUNT SECONDS
 
-It keeps COUNT processes waiting, and sends the service a socket of each over standard
-input, which is a socket, too.  A process takes one photo: the descriptor of its file, with
+It keeps COUNT processes waiting, which may take so many seconds of processor time.  It
+sends the service a socket of each over standard input, which is a socket, too.  A process
+takes one photo: the descriptor of its file, with
 
     {"region": [left, top, right, bottom] or null for all, "memory": bytes to decode in,
      "pixels": how many the region may have, with a "border" of so many on each side}
@@ -37,7 +38,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 # What dlib.load_rgb_image reads.
 READERS = (BmpImageFile, GifImageFile, JpegImageFile, PngImageFile, WebPImageFile)
-SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
 ROWS = 64  # that are converted at a time
 SCALE = "scale it down, or lower PHOTOS_AT_ONCE"
 TOO_MUCH = f"The photo takes more {{}} to decode than one may here: {SCALE}."
@@ -55,14 +55,13 @@ def hide_in_jpeg(file):
     """Hide from Pillow the segments on which no pixel depends: it refuses damaged ones.
 
     Both Pillow and libjpeg skip DNL segments, so they become such.  What libjpeg needs is
-    kept: see examine_app0 and examine_app14 in its jdmarker.c.  Returns whether the image
-    has arithmetic coding.
+    kept: see examine_app0 and examine_app14 in its jdmarker.c.
     """
-    at, arithmetic = 2, False
+    at = 2
     while 0 <= (at := file.find(b"\xff", at)) < len(file) - 4:
         kind, length = file[at + 1], int.from_bytes(file[at + 2 : at + 4])
         if kind in (0xD9, 0xDA):  # the end, or pixels
-            break
+            return
         if kind in (0x00, 0x01, 0xFF, *range(0xD0, 0xD9)):  # no segment
             at += 1
             continue
@@ -70,9 +69,7 @@ def hide_in_jpeg(file):
         adobe = kind == 0xEE and length >= 14 and file[at + 4 : at + 9] == b"Adobe"
         if (0xE0 <= kind <= 0xEF or kind == 0xFE) and not (jfif or adobe):
             file[at + 1] = 0xDC
-        arithmetic = arithmetic or 0xC9 <= kind <= 0xCB
         at += 2 + max(length, 2)
-    return arithmetic
 
 
 def hide_in_png(file):
@@ -105,15 +102,17 @@ def open_image(file):
     else:
         formats = ", ".join(reader.format for reader in READERS)
         raise Refusal(415, f"This is no image that is read here: send {formats}.")
-    arithmetic = reader is JpegImageFile and hide_in_jpeg(file)
+    if reader is JpegImageFile:
+        hide_in_jpeg(file)
     if reader is PngImageFile:
         hide_in_png(file)
         ImageFile.LOAD_TRUNCATED_IMAGES = True  # heed no checksum of what is hidden
     image = reader(file)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if reader is JpegImageFile:  # libjpeg goes on so, too, where a file is cut short
-        image.load_read = lambda size: file.read(size) or b"\xff\xd9" * 512
-        image.info["arithmetic"] = arithmetic
+    if reader is JpegImageFile:
+        # All at once, as libjpeg can't wait for more of an image with arithmetic coding;
+        # with end markers, as it adds them itself where a file is cut short.
+        image.load_read = lambda _: file.read() + b"\xff\xd9" * 512
     return image
 
 
@@ -157,7 +156,7 @@ def decode(service):
     request, files, *_ = socket.recv_fds(service, 1024, 1)
     if not request:  # the service has ended
         return
-    request, image = json.loads(request), None
+    request = json.loads(request)
     try:
         file = mmap.mmap(files[0], 0, access=mmap.ACCESS_COPY)
         limit_memory(at_start + len(file) + request["memory"])
@@ -172,7 +171,7 @@ def decode(service):
         strips = rgb_strips(image, *region)
         first = next(strips)
     except Exception as error:
-        service.sendall(line(refusal(error, image)))
+        service.sendall(line(refusal(error)))
         raise
     service.sendall(line({"size": image.size, "region": region}))
     service.sendall(first)
@@ -188,21 +187,19 @@ def line(answer):
     return json.dumps(answer).encode() + b"\n"
 
 
-def refusal(error, image):
+def refusal(error):
     """Return how to refuse a photo after this error, which its decoder has raised."""
     if isinstance(error, Refusal):
         status, reason = error.args
     # A library's refusal to go on without memory can look like a broken image.
     elif isinstance(error, MemoryError) or c_errno()[0] == errno.ENOMEM:
         status, reason = 412, TOO_MUCH.format("memory")
-    elif image and image.info.get("arithmetic"):
-        status, reason = 415, "A JPEG with arithmetic coding is not read here."
     else:
         status, reason = 400, f"The image can't be decoded: {error}."
     return {"status": status, "reason": reason}
 
 
-def main(count):
+def main(count, seconds):
     """Keep so many processes waiting, and say how one ended that the system has killed."""
     control, processes = socket.socket(fileno=0), {}
     with suppress(OSError):
@@ -219,7 +216,7 @@ def main(count):
                     other.close()
                 for limit in ("CORE", "FSIZE"):
                     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (0, 0))
-                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
                 try:
                     open_image(example).load()  # what that takes is there then
                     decode(ours)
@@ -246,4 +243,4 @@ def refusal_of_killed(by):
 
 if __name__ == "__main__":
     with suppress(ConnectionError):  # the service has ended
-        main(int(sys.argv[1]))
+        main(*map(int, sys.argv[1:]))

@@ -73,9 +73,8 @@ class Service:
 
     def worker(self):
         """Return the id of the one process that answers."""
-        pid = self.process.pid
-        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(child)
+        (child,) = children(self.process.pid)
+        return child
 
     def log(self):
         return (self.folder / "log").read_text()
@@ -150,6 +149,12 @@ def started(
         yield service
     finally:
         service.stop()
+
+
+def children(pid):
+    """Return the ids of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def answers(service):

@@ -2,27 +2,31 @@
 
 import functools
 import random
+import struct
 import tempfile
+import zlib
 
 import numpy as np
 import pytest
 import shared
 from PIL import Image
 from shared import SMALL, encoded, module, picture, refused, scaled
+from werkzeug.exceptions import HTTPException
 
 FRAME = (370, 140, 620, 400)  # of the face in obama.jpg
 
 
-decoder = functools.cache(module.Decoder)
+one_decoder = functools.cache(lambda: module.Decoder(1))
 
 
-def pixels(content, memory=1 << 30):
+def pixels(content, decoder=None, memory=1 << 30):
     """Decode an image as the service does."""
+    decoder = decoder or one_decoder()
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
         limits = {"memory": memory, "pixels": 1 << 30, "border": 0}
-        return decoder(1).decode(file, region=None, **limits)[0]
+        return decoder.decode(file, region=None, **limits)[0]
 
 
 def tiny(mode="RGB"):
@@ -76,6 +80,107 @@ def test_the_first_frame_of_several(format):
     seen = pixels(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
     assert seen.shape == (40, 60, 3)
     assert abs(seen[20, 30].astype(int) - (255, 0, 0)).max() < 5
+
+
+def chunk(kind, data, wrong=0):
+    checksum = zlib.crc32(kind + data) ^ wrong
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def segment(kind, data):
+    return bytes([0xFF, kind]) + struct.pack(">H", len(data) + 2) + data
+
+
+LONG = zlib.compress(bytes(70_000_000))
+JFIF, ADOBE, EXIF = b"JFIF\0\1\1\0\0\1\0\1\0\0", b"Adobe\0d\0\0\0\0\1", b"Exif\0\0MM"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(chunk(kind, b"a\0b", wrong=1) for kind in (b"tEXt", b"eXIf", b"iCCP")),
+        *(chunk(kind, b"") for kind in (b"gAMA", b"pHYs", b"cHRM", b"sRGB", b"tRNS")),
+        *(chunk(kind, b"x") for kind in (b"gAMA", b"pHYs", b"cHRM", b"fcTL", b"acTL")),
+        chunk(b"zTXt", b"a\0\0" + LONG),
+        chunk(b"iTXt", b"a\0\1\0\0\0" + LONG),
+        chunk(b"tRNS", bytes(6), wrong=1),
+        *(segment(0xE0, JFIF[:length]) for length in (0, 4, 5, 8, 13)),
+        *(segment(0xEE, ADOBE[:length]) for length in (0, 4, 5, 6, 11)),
+        *(segment(0xE1, EXIF[:length]) for length in (0, 5, 8)),
+        segment(0xFE, b"") * 1000,
+    ],
+    ids=lambda part: repr(part[:20]),
+)
+def test_damaged_side_data_is_no_error(part):
+    """Stock dlib reads each of these files, and no pixel depends on what is damaged."""
+    if part[0] == 0xFF:
+        whole = encoded(tiny(), quality=90)
+        # In the place of its JFIF segment, and after that.
+        sent = [start + part + whole[20:] for start in (whole[:2], whole[:20])]
+    else:
+        whole = encoded(tiny(), "PNG")
+        sent = [whole[:place] + part + whole[place:] for place in (33, -12)]
+    for content in sent:
+        assert np.array_equal(pixels(content), pixels(whole))
+
+
+def test_a_damaged_png_tells_what_is_wrong(app):
+    whole = encoded(tiny(), "PNG")
+    for end in (len(whole) // 2, -12, -1):
+        refused(app.detect(whole[:end]), 400, "cut short")
+    damaged = bytearray(whole)
+    damaged[whole.index(b"IDAT") + 50] ^= 1
+    refused(app.detect(bytes(damaged)), 400, "chunk IDAT is damaged")
+
+
+def test_arithmetic_coding_is_read():
+    """Huffman's codes taken for such give a picture of something, but no error."""
+    whole = encoded(scaled(picture(), 2), quality=95)
+    assert len(whole) > 200_000  # more than Pillow reads at a time
+    assert pixels(whole.replace(b"\xff\xc0", b"\xff\xc9")).shape == pixels(whole).shape
+
+
+def test_412_tells_of_time(monkeypatch):
+    """A progressive JPEG that repeats its last scan, of 14 bytes, for hours."""
+    monkeypatch.setattr(module, "DECODING_SECONDS", 1)
+    whole = encoded(scaled(picture(), 2), progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last : last + 2 + whole[last + 3]] + bytes(4)
+    with pytest.raises(HTTPException) as refusal:
+        pixels(whole[:-2] + scan * 100_000, decoder=module.Decoder(1))
+    assert refusal.value.code == 412 and "more time" in refusal.value.description
+
+
+def crafted():
+    """Small files that take gigabytes or hours, or that kill their decoder."""
+    gif = b"GIF89a\n\0\n\0\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;"
+    scans = encoded(tiny(), progressive=True)
+    text = chunk(b"zTXt", b"a\0\0" + LONG)
+    png = encoded(tiny(), "PNG")
+    wide = scans.replace(scans[scans.index(b"\xff\xc2") + 5 :][:4], b"\xff\xdc" * 2)
+    return {
+        "frame.gif": (gif, 412),
+        "size.jpg": (wide, 412),
+        "texts.png": (png[:33] + text * 20 + png[33:], 200),
+        "segments.jpg": (scans[:2] + segment(0xE5, b"") * 10**6 + scans[2:], 200),
+        "bomb.png": (encoded(Image.new("1", (40_000, 40_000)), "PNG"), 412),
+    }
+
+
+def test_crafted_images_harm_nobody(start):
+    """In 1 GB, beside a client of ordinary photos; the decoder has so many seconds."""
+    service = start(megabytes=1000, PHOTOS_AT_ONCE=2, MAXIMUM_AREA=640 * 480)
+    worker, face, seen = service.worker(), shared.face_in((50, 50, 90, 90)), []
+
+    def send(stopped):
+        while not stopped.is_set():
+            seen.append(service.detect(SMALL)[0])
+
+    with shared.threads(send):
+        for name, (content, status) in crafted().items():
+            answer = service.compute(content, face)
+            assert answer[0] == status, (name, answer)
+    assert set(seen) == {200} and service.worker() == worker
 
 
 @pytest.mark.parametrize(

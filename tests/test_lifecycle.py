@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import shared
 from PIL import Image
-from shared import KEY, SERVE, SMALL, App, encoded, upload, wait_for
+from shared import KEY, SERVE, SMALL, App, children, encoded, upload, wait_for
 from test_limits import open_files
 
 LARGE = shared.resized(1)
@@ -121,12 +121,19 @@ def test_sigterm_finishes_photos_in_flight_and_queued(start, closed_terminal):
 
 
 def test_a_killed_worker_process_is_replaced(start):
+    """So are the processes that decode: all of them, and one that waits for a photo."""
     service = start()
     os.kill(service.worker(), signal.SIGKILL)
     wait_for(lambda: service.log().count("Booting worker") == 2)
     wait_for(lambda: shared.answers(service))
     assert service.detect(SMALL)[0] == 200
     assert "SIGKILL" in service.log()
+    (decoder,) = children(service.worker())
+    for pid in (*children(decoder), decoder):
+        with suppress(ProcessLookupError):  # the photo before has ended it
+            os.kill(pid, signal.SIGKILL)
+        assert service.detect(SMALL)[0] == 200
+    assert children(service.worker()) != [decoder]
 
 
 def test_one_worker_process_whatever_the_environment_says(start):
@@ -207,12 +214,12 @@ def test_600_silent_clients_delay_nobody_and_are_dropped(start, silence):
         silent = [stack.enter_context(service.connect()) for _ in range(600)]
         for i, client in enumerate(silent):
             client.sendall(whole[: i % 2 * 1000])
-        assert shared.seconds(service) < 2 * alone
+        assert shared.seconds(service) < 5 * alone
         for client in silent:
             with suppress(ConnectionResetError):
                 while client.recv(4096):  # closed, or told that it broke off
                     pass
-        assert shared.seconds(service) < 2 * alone
+        assert shared.seconds(service) < 5 * alone
     assert len(service.log().splitlines()) < lines + 600 + 20
     assert "Traceback" not in service.log() and KEY not in service.log()
 
@@ -229,7 +236,8 @@ def test_a_client_that_waits_for_its_answer_is_not_silent(start, silence):
 def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start, silence):
     service = start(command=silence(2))
     with service.connect() as client:
+        before = len(open_files(service.worker()))
         client.sendall(upload(SMALL)[:300])
-        time.sleep(0.2)
+        wait_for(lambda: len(open_files(service.worker())) > before)
         service.process.terminate()
         assert service.process.wait(15) == 0

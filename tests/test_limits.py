@@ -132,7 +132,8 @@ def test_originals_of_108_megapixels_in_1_gb(start):
         ]
         sent += [clients.submit(service.detect, SMALL) for _ in range(4)]
         assert [answer.result()[0] for answer in sent] == [200] * 6
-    refused(service.compute(content, face_in(boxes[0])), 412)  # 108 megapixels of face
+    content, boxes = original(125)
+    refused(service.compute(content, face_in(boxes[0])), 412)  # all of it is the face
     assert service.log().count("Booting worker") == 1
 
 
