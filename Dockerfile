@@ -20,7 +20,12 @@ ARG MODELS_FROM=github
 RUN python3 vendor/models.py $MODELS
 COPY vendor vendor/
 RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-deps vendor/wheels/*.whl \
-    && .venv/bin/pip uninstall -qy pip
+    && .venv/bin/pip uninstall -qy pip && rm .venv/pip.log
+
+
+# For a release: docker build --target wheel --output wheels --build-arg MODELS= .
+FROM scratch AS wheel
+COPY --from=builder /app/vendor/wheels /
 
 
 FROM $BASE
@@ -33,10 +38,10 @@ WORKDIR /app
 COPY --from=builder /app/vendor/models vendor/models
 COPY --from=builder /app/.venv .venv
 COPY vendor/models.json vendor/models.py vendor/
-COPY .deploy/start.sh .deploy/health.py .deploy/
+COPY .deploy/start.sh .deploy/health.py .deploy/decoder.py .deploy/gunicorn.conf.py .deploy/
 COPY facerecognition-external-model.py ./
 ENV PATH=/app/.venv/bin:$PATH
 EXPOSE 5000
 HEALTHCHECK --start-period=30s --timeout=15s CMD ["python", ".deploy/health.py"]
 ENTRYPOINT [".deploy/start.sh"]
-CMD ["python", "facerecognition-external-model.py"]
+CMD ["python", "-m", "gunicorn", "-c", ".deploy/gunicorn.conf.py"]

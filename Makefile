@@ -13,7 +13,7 @@ MODELS := $(FACE_MODEL)
 CAN_COMPILE := $(shell command -v c++ > /dev/null && $(PYTHON) -c 'import os.path, sysconfig; \
 	print(*[1] * os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2> /dev/null)
 DLIB ?= $(if $(CAN_COMPILE),built,prebuilt)
-DLIB_MARK = $(VENV)/installed-$(notdir $(DLIB))
+DLIB_MARK = $(VENV)/installed-$(subst %,,$(notdir $(DLIB)))
 SLOW = SLOW: the prebuilt dlib takes 5 to 50 times as long as ours.  For ours: \
 	sudo apt install g++ python3-dev && make DLIB=built setup
 
@@ -35,8 +35,7 @@ help: ## show this list
 	@echo "Variables: FACE_MODEL=1..4 HOST= PORT= API_KEY= DLIB=built|prebuilt|WHEEL PYTHON="
 
 serve: setup $(if $(API_KEY),,api.key) ## run the service
-	@echo "Its address for Nextcloud is $(URL).  Ctrl-C stops it."
-	@exec $(BIN)/python facerecognition-external-model.py
+	@SHOWN_ADDRESS=$(URL) exec $(BIN)/python -m gunicorn -c .deploy/gunicorn.conf.py
 
 setup: download-models ## install what is missing, and download FACE_MODEL's files
 	@flock -n vendor true || echo "Waiting for another make"

@@ -10,36 +10,48 @@ JSON.  Settings come from the environment (defaults in parentheses):
     PHOTOS_AT_ONCE  how many are analysed in parallel  (cores, or what memory holds)
 """
 
-import hashlib
+import ctypes
 import hmac
 import json
 import logging
 import os
 import re
-import resource
-import signal
 import socket
-import struct
+import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import Lock
 from types import SimpleNamespace
 
 import dlib
 import numpy as np
-from flask import Blueprint, Flask, Response, abort, current_app, jsonify, request
-from PIL import Image, PngImagePlugin
-from werkzeug.exceptions import HTTPException
+from flask import Blueprint, Flask, Request, Response, abort, current_app, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from vendor.models import paths, training
 
 __version__ = "1.0.0"
 HERE = Path(__file__).resolve().parent
-MODELS = json.loads((HERE / "vendor" / "models.json").read_text())
-DLIB = f"{dlib.__version__}, {getattr(dlib, 'DLIB_FAST_FACES', 'stock and slow')}"
+OUR_ENGINE = getattr(dlib, "DLIB_FAST_FACES", None)  # for which level of CPU
+DLIB = f"{dlib.__version__}, {OUR_ENGINE or 'stock and slow'}"
 log = logging.getLogger("facerecognition")
+
+# What a small photo takes stays for the next one, and what a large one takes goes back to
+# the system.  By default glibc keeps up to 64 MB for each thread, and what lies between.
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in musl
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = (
+        -1,
+        -3,
+        -8,
+    )  # as in glibc's malloc.h
+    mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MMAP_THRESHOLD, 4 << 20)
+    mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 
 # ---------------------------------------------------------------------------- settings
@@ -47,25 +59,26 @@ log = logging.getLogger("facerecognition")
 # Bytes, as "make memory" measures them.  A photo in flight has a model set.
 MEMORY_AT_REST = 160 << 20
 MEMORY_PER_PHOTO = 104 << 20
-MEMORY_PER_PIXEL = 64 if hasattr(dlib, "DLIB_FAST_FACES") else 1050
+MEMORY_PER_PIXEL = 64 if OUR_ENGINE else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
 
 
+@cache
 def read_settings():
     """Return Flask's configuration, or exit with one line that names what is wrong."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
-    face_model = _whole_number("FACE_MODEL", 1, largest=4)
+    face_model = whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
     memory = _memory() - MEMORY_AT_REST
     per_pixel = MEMORY_PER_PIXEL * 11 // 10  # with the CNN's border
     fitting = (memory - MEMORY_PER_PHOTO) // per_pixel // 100_000 * 100_000
-    area = _whole_number("MAXIMUM_AREA", min(REFERENCE_AREA, fitting))
+    area = whole_number("MAXIMUM_AREA", min(REFERENCE_AREA, fitting))
     largest = MEMORY_PER_PHOTO + per_pixel * area
     at_once = min(len(os.sched_getaffinity(0)), memory // largest)
-    at_once = _whole_number("PHOTOS_AT_ONCE", max(at_once, 1))
+    at_once = whole_number("PHOTOS_AT_ONCE", max(at_once, 1))
     if area < SMALLEST_AREA:
         sys.exit(f"MAXIMUM_AREA, or memory, is too small for {SMALLEST_AREA} pixels.")
     if at_once * largest > memory:
@@ -81,7 +94,7 @@ def read_settings():
     }
 
 
-def _whole_number(name, default, largest=10**9):
+def whole_number(name, default, largest=10**9):
     text = os.environ.get(name, "").strip()
     if text and not (re.fullmatch("[0-9]{1,10}", text) and 0 < int(text) <= largest):
         sys.exit(f"{name} is {text!r}: give a whole number from 1 to {largest}.")
@@ -114,21 +127,22 @@ def _memory():
 
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
-load_landmarks = cache(dlib.shape_predictor)  # unlike a network, it can be shared
+BATCH = 16  # faces are described at once, so that their number takes no more memory
+# What running does not change is shared by all model sets; it changes stock dlib's network.
+load_landmarks = cache(dlib.shape_predictor)
+load_descriptor = dlib.face_recognition_model_v1
+if OUR_ENGINE:
+    load_descriptor = cache(load_descriptor)
 
 
 def check_model_files(model):
     """Return a model's files, or exit with one line unless all are there and whole."""
-    folder = HERE / "vendor" / "models" / str(model)
-    files = [folder / name for name in MODELS["models"][str(model)]]
-    for file in files:
-        known = MODELS["files"][file.name]
-        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
-        if digest == known.get("later"):
-            log.warning("%s is a later training: boxes differ by some pixels.", file)
-        elif digest != known["sha256"]:
+    for file in paths(model):
+        if not (found := training(file)):
             sys.exit(f"{file} is missing or damaged: make FACE_MODEL={model} setup")
-    return [str(file) for file in files]
+        if found == "later":
+            log.warning("%s is a later training: boxes differ by some pixels.", file)
+    return [str(file) for file in paths(model)]
 
 
 def load_model_set(settings):
@@ -140,16 +154,10 @@ def load_model_set(settings):
             cnn=dlib.cnn_face_detection_model_v1(*cnn) if cnn else None,
             hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
             landmarks=load_landmarks(landmarks),
-            descriptor=dlib.face_recognition_model_v1(describer),
+            descriptor=load_descriptor(describer),
         )
     except RuntimeError as error:  # dlib's; the files were checked, so memory ran out
         raise MemoryError(str(error)) from error
-
-
-def own_models(own, settings):
-    """Return the model set of the calling thread, from its local data; load it first."""
-    own.models = getattr(own, "models", None) or load_model_set(settings)
-    return own.models
 
 
 def detect_faces(models, pixels):
@@ -183,75 +191,167 @@ def describe_faces(models, pixels, boxes):
     padding of 0.25, without jitter.  Faces whose descriptors are closer than 0.6
     (Euclidean) are one person's: http://dlib.net/face_recognition.py.html
     """
-    if not boxes:
-        return []
-    shapes = [models.landmarks(pixels, box) for box in boxes]
-    # One at a time: if cut out together, others change a descriptor by up to 0.03.
-    chips = [dlib.get_face_chip(pixels, shape, 150, 0.25) for shape in shapes]
-    descriptors = models.descriptor.compute_face_descriptor(chips)
-    return [(shape.parts(), list(d)) for shape, d in zip(shapes, descriptors)]
+    described = []
+    for first in range(0, len(boxes), BATCH):
+        shapes = [models.landmarks(pixels, b) for b in boxes[first : first + BATCH]]
+        # One at a time: if cut out together, others change a descriptor by up to 0.03.
+        chips = [dlib.get_face_chip(pixels, shape, 150, 0.25) for shape in shapes]
+        descriptors = models.descriptor.compute_face_descriptor(chips)
+        described += [(shape.parts(), list(d)) for shape, d in zip(shapes, descriptors)]
+    return described
 
 
 # ------------------------------------------------------------------------------ images
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # what dlib.load_rgb_image reads
-SIGNATURES = re.compile(rb"BM|GIF8|\xff\xd8\xff|\x89PNG|RIFF....WEBP", re.DOTALL)
-BROKEN = "The image is broken: send the whole file."
 
+class Decoder:
+    """Processes that decode a photo each, so that none harms the models or another photo.
 
-def open_photo(file):
-    """Read an image file's header; return a ``PIL.Image`` that is not decoded yet.
-
-    Aborts with 415 if the file is none of ``FORMATS``, and with 400 if it is broken.
+    They run .deploy/decoder.py, without our environment: it has the key.
     """
-    start = file.read(12)
-    if start and not SIGNATURES.match(start):
-        abort(415, f"This is no image that is read here: send {', '.join(FORMATS)}.")
-    if start.startswith(b"\xff\xd8"):
-        # What is cut short is decoded as far as it goes, if libjpeg finds ends enough.
-        file.seek(0, os.SEEK_END)
-        file.write(b"\xff\xd9" * 512)
-    file.seek(0)
-    with _refusals(BROKEN):
-        return Image.open(file, formats=FORMATS)
+
+    def __init__(self, count):
+        self.count, self.lock = count, Lock()
+        self._start()
+
+    def decode(self, file, **request):
+        """Return a region of an image file, where it begins, and the image's size.
+
+        Its pixels are RGB, a uint8 array of shape (height, width, 3).  The decoder's
+        docstring says what can be requested.  Aborts with 400, 412 or 415 if the image
+        can't be decoded so.
+        """
+        request = json.dumps(request).encode()
+        for _ in range(2):  # again if all the processes were just killed
+            with self._waiting() as process, suppress(ConnectionError):
+                socket.send_fds(process, [request], [file.fileno()])
+                with process.makefile("rb") as answers:
+                    return self._read(answers)
+        raise OSError("photos can't be decoded")
+
+    def _read(self, answers):
+        if not (line := answers.readline()):
+            raise ConnectionError
+        answer = json.loads(line)
+        if "status" in answer:
+            abort(answer["status"], answer["reason"])
+        left, top, right, bottom = answer["region"]
+        pixels = np.empty((bottom - top, right - left, 3), np.uint8)
+        if answers.readinto(pixels) < pixels.nbytes:
+            raise ConnectionError
+        return pixels, (left, top), answer["size"]
+
+    def _waiting(self):
+        """Return the socket of a process that waits for a photo."""
+        with self.lock:
+            while True:
+                _, sockets, *_ = socket.recv_fds(self.control, 1, 1)
+                if sockets:
+                    return socket.socket(fileno=sockets[0])
+                self.main.wait()  # it was killed
+                self._start()
+
+    def _start(self):
+        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        program = [HERE / ".deploy" / "decoder.py", str(self.count)]
+        with theirs:
+            self.main = subprocess.Popen(
+                [sys.executable, "-I", "-Wignore", *program],
+                env={},
+                stdin=theirs,
+                start_new_session=True,  # a Ctrl-C does not reach it
+            )
 
 
-def decode(image, region):
-    """Return a region's pixels in RGB, as a uint8 array of shape (height, width, 3).
+# ---------------------------------------------------------------------------- analysis
 
-    ``region`` is left, top, right and bottom, the last two exclusive.  EXIF orientation
-    is not applied.  16-bit grey becomes 8-bit.  Transparent pixels are blended onto
-    black, as by dlib (``assign_pixel`` of an ``rgb_alpha_pixel``, in its pixel.h).
+
+class FaceAnalyser:
+    """Analyses photos, some at once; the others wait, first come, first served."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.most = settings["PHOTO_MEMORY"] - MEMORY_PER_PHOTO  # bytes for pixels
+        self.decoder = Decoder(settings["PHOTOS_AT_ONCE"])
+        self.idle = [load_model_set(settings)]  # more are loaded when needed
+        self.pool = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"])
+
+    def analyse(self, file, box=None):
+        """Return all faces in an image file, or the one in ``box``, as ``/detect`` answers.
+
+        Aborts with 412 if that takes more memory than a photo may, or as decoding does.
+        """
+        return self.pool.submit(self._analyse, file, box, time.monotonic()).result()
+
+    def _analyse(self, file, box, queued):
+        began = time.monotonic()
+        pixels, (x, y), size = self.decoder.decode(file, **self._request(box))
+        with self._model_set() as models:
+            if box:
+                found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
+            else:
+                found = detect_faces(models, pixels)
+            described = describe_faces(models, pixels, [box for box, _ in found])
+        waited, took = began - queued, time.monotonic() - began
+        message = "%d faces in %d x %d pixels; waited %.3f s, took %.3f s"
+        log.info(message, len(found), *size, waited, took)
+        return [
+            {
+                "detection_confidence": confidence,
+                "left": x + box.left(),
+                "top": y + box.top(),
+                "right": x + box.right(),
+                "bottom": y + box.bottom(),
+                "landmarks": [{"x": x + p.x, "y": y + p.y} for p in landmarks],
+                "descriptor": descriptor,
+            }
+            for (box, confidence), (landmarks, descriptor) in zip(found, described)
+        ]
+
+    def _request(self, box):
+        """Return what to request of the decoder: as much as there is memory for."""
+        if box:
+            region, border, per_pixel = surroundings(box), 0, 8
+        else:
+            region, border, per_pixel = None, 11, MEMORY_PER_PIXEL  # the CNN's border
+        pixels = self.most // per_pixel
+        limits = {"memory": self.most, "pixels": pixels, "border": border}
+        return {"region": region, **limits}
+
+    @contextmanager
+    def _model_set(self):
+        """Lend a model set, which its user alone may run: running it changes it."""
+        models = self.idle.pop() if self.idle else load_model_set(self.settings)
+        yield models
+        self.idle.append(models)  # unless its run failed: then it could be broken
+
+
+def surroundings(box):
+    """Return the region on which a face's landmarks and descriptor depend.
+
+    That is its box extended by its size: dlib's landmarks and face chip reach 0.7 of that
+    far.
     """
-    with _refusals(BROKEN):
-        cut = image.crop(region)
-    image.close()
-    if cut.mode.startswith("I;16"):
-        cut = Image.fromarray((np.asarray(cut) >> 8).astype(np.uint8))
-    if "A" not in cut.getbands() and "transparency" not in cut.info:
-        return np.asarray(cut.convert("RGB"))
-    rgba = np.asarray(cut.convert("RGBA"))
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return (rgba[..., :3] * (alpha + (alpha == 255)) >> 8).astype(np.uint8)
-
-
-@contextmanager
-def _refusals(what):
-    """Turn any error but the system's, such as a full disk, into a 400."""
-    try:
-        yield
-    except Exception as error:
-        system = isinstance(error, MemoryError) or getattr(error, "errno", 0)
-        if system or getattr(error, "code", 400) != 400:  # of HTTP
-            raise
-        abort(400, what)
+    margin = max(box.width(), box.height())
+    left, top = box.left() - margin, box.top() - margin
+    return left, top, box.right() + margin + 1, box.bottom() + margin + 1
 
 
 # ----------------------------------------------------------------------------- service
 
 service = Blueprint("service", __name__)
 MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
-NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face."
+MOST_NESTED = 500  # objects and lists in a face: the same with every version of Python
+NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face"
+
+
+class Upload(Request):
+    """A request whose files go to the disk at once: hundreds of clients can wait."""
+
+    max_form_parts = 8  # those that are no files stay in memory
+
+    def _get_file_stream(self, *_, **__):
+        return TemporaryFile()
 
 
 @service.before_request
@@ -266,7 +366,6 @@ def check_request():
     most = MOST_BYTES.get(request.path, sys.maxsize)
     if (request.content_length or 0) > most:
         abort(413, f"The request has more than {most} bytes: send a smaller file.")
-    request.max_form_parts = 8  # small ones stay in memory until all have come
 
 
 @service.get("/welcome")
@@ -292,9 +391,8 @@ def open_model():
 @service.post("/detect")
 def detect():
     """Find and describe all faces of the photo in the field ``file``, as JSON."""
-    name, image = _posted_photo()
-    pixels = (image.width + 22) * (image.height + 22)  # the CNN adds 11 on each side
-    faces = run(MEMORY_PER_PIXEL * pixels, image, (0, 0, *image.size))
+    name, file = _posted_file()
+    faces = current_app.config["ANALYSER"].analyse(file)
     return {"filename": name, "faces-count": len(faces), "faces": faces}
 
 
@@ -302,78 +400,41 @@ def detect():
 def compute():
     """Describe the face of the photo in ``file`` whose box is in ``face``, as JSON.
 
-    The photo can be a large original: only what the face depends on is analysed, its
-    box extended by its size.  dlib's landmarks and face chip reach 0.7 of that far.
+    The photo can be a large original: only what the face depends on is analysed.
     """
-    name, image = _posted_photo()
-    with _refusals(NO_FACE):
-        face = json.loads(request.form.get("face", ""), parse_constant=int)  # not NaN
-        sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
-        box = dlib.rectangle(*sides)
-        if box.is_empty() or max(map(abs, sides)) > 1 << 20:
-            raise ValueError
-    margin = max(box.width(), box.height())
-    left = min(max(box.left() - margin, 0), image.width - 1)
-    top = min(max(box.top() - margin, 0), image.height - 1)
-    right = max(min(box.right() + margin + 1, image.width), left + 1)
-    bottom = max(min(box.bottom() + margin + 1, image.height), top + 1)
-    # GIF, WebP and progressive JPEG take four times the memory while they are decoded.
-    buffered = image.format in ("GIF", "WEBP") or "progressive" in image.info
-    whole = (16 if buffered else 4) * image.width * image.height
-    part = (right - left) * (bottom - top)
-    converting = (14 if image.mode in ("L", "RGB") else 26) * part
-    needed, region = max(whole + 4 * part, converting), (left, top, right, bottom)
-    (described,) = run(needed, image, region, box)
+    name, file = _posted_file()
+    face, box = _posted_face()
+    (described,) = current_app.config["ANALYSER"].analyse(file, box)
     face |= {key: described[key] for key in ("landmarks", "descriptor")}
-    with _refusals(NO_FACE):  # which can nest too deep to be written
-        return jsonify(filename=name, face=face)
+    return {"filename": name, "face": face}
 
 
-def _posted_photo():
-    """Return the name and the ``PIL.Image`` of the file in the form's field ``file``."""
-    with _refusals("The request is malformed or broke off: send it again, whole."):
+def _posted_file():
+    """Return the base name and the file of the form's field ``file``."""
+    try:
         upload = request.files.get("file")
+    except Exception as error:
+        if isinstance(error, (RequestEntityTooLarge, MemoryError, OSError)):
+            raise  # too many parts, or the disk is full
+        abort(400, "The request is malformed or broke off: send it again, whole.")
     if upload is None:
         abort(400, "There is no photo, or it broke off: send it as the form's file.")
-    return os.path.basename(upload.filename or ""), open_photo(upload.stream)
+    return os.path.basename(upload.filename or ""), upload.stream
 
 
-def run(needed, image, region, box=None):
-    """Analyse a region of an image that takes so many bytes, or abort with 412."""
-    needed, most = needed + MEMORY_PER_PHOTO, current_app.config["PHOTO_MEMORY"]
-    if needed > most:
-        memory = f"{needed >> 20} MB of memory, of {most >> 20} that there are for one"
-        abort(412, f"The photo takes {memory}: scale it down, or lower PHOTOS_AT_ONCE.")
-    return current_app.config["SUBMIT"](image, region, box, time.monotonic()).result()
-
-
-def analyse(own, settings, image, region, box, queued):
-    """Describe the face in ``box``, or all faces of a region, as ``/detect`` answers."""
-    began = time.monotonic()
-    pixels = decode(image, region)
-    x, y, _, _ = region
-    models = own_models(own, settings)
-    own.models = None  # until all is well: a network that was interrupted can crash
-    if box:
-        found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
-    else:
-        found = detect_faces(models, pixels)
-    described = describe_faces(models, pixels, [box for box, _ in found])
-    own.models = models
-    message = "%d faces in %d x %d pixels; waited %.3f s, took %.3f s"
-    log.info(message, len(found), *image.size, began - queued, time.monotonic() - began)
-    return [
-        {
-            "detection_confidence": confidence,
-            "left": x + box.left(),
-            "top": y + box.top(),
-            "right": x + box.right(),
-            "bottom": y + box.bottom(),
-            "landmarks": [{"x": x + point.x, "y": y + point.y} for point in landmarks],
-            "descriptor": descriptor,
-        }
-        for (box, confidence), (landmarks, descriptor) in zip(found, described)
-    ]
+def _posted_face():
+    """Return the object in the form's field ``face``, and its box, a ``dlib.rectangle``."""
+    text = request.form.get("face", "")
+    if text.count("{") + text.count("[") > MOST_NESTED:
+        abort(400, f"{NO_FACE}, with no more than {MOST_NESTED} objects and lists.")
+    try:
+        face = json.loads(text, parse_constant=int)  # which refuses NaN and Infinity
+        sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
+        if max(map(abs, sides)) > 1 << 20 or dlib.rectangle(*sides).is_empty():
+            raise ValueError("no pixel")
+    except (KeyError, OverflowError, TypeError, ValueError):
+        abort(400, f"{NO_FACE}: four finite numbers.")
+    return face, dlib.rectangle(*sides)
 
 
 @service.app_errorhandler(Exception)
@@ -387,7 +448,9 @@ def refuse(error):
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")
-    with suppress(Exception):  # a client that still sends would not get the answer
+    # A client that still sends would not get the answer.  If reading is what has failed,
+    # that error is the context of this one: no need to wait for more.
+    with suppress(Exception):
         while not error.__context__ and request.stream.read(1 << 16):
             pass
     size, status = request.content_length or 0, answer.status_code
@@ -399,102 +462,15 @@ def refuse(error):
 def create_app(settings=None):
     """Load the models, and return the Flask application."""
     settings = settings or read_settings()
-    Image.MAX_IMAGE_PIXELS = None  # what a photo may take in memory is the limit
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # and large profiles
-    pool, own = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"]), threading.local()
-    pool.submit(own_models, own, settings).result()  # others load when needed
     app = Flask(__name__, static_folder=None)
+    app.request_class = Upload
     app.json.sort_keys = False
-    app.config.update(settings, SUBMIT=partial(pool.submit, analyse, own, settings))
+    app.config.update(settings, ANALYSER=FaceAnalyser(settings))
     app.config["MAX_CONTENT_LENGTH"] = max(MOST_BYTES.values())
     app.register_blueprint(service)
     log.info("Version %s, dlib %s, model %d", __version__, DLIB, settings["FACE_MODEL"])
     return app
 
 
-# ------------------------------------------------------------------------------ server
-
-SILENCE = struct.pack("ll", 60, 0)  # seconds after which a silent client is dropped
-
-
-def serve():
-    """Serve with gunicorn until SIGTERM, then finish the photos in flight.
-
-    A single process has the models, and a thread for each connection: clients wait.
-    """
-    from gunicorn.app.base import BaseApplication
-
-    settings = read_settings()
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    options = {
-        "bind": _listen(),
-        "workers": 1,
-        "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-        "threads": 1000,  # its worker class is gthread then
-        "timeout": 0,  # a photo may take any time
-        "graceful_timeout": 300,
-        "keepalive": 0,  # a reused connection can close just as a photo is sent
-        "limit_request_fields": 50,
-        "limit_request_field_size": 2048,
-        "forwarded_allow_ips": "",  # nobody's SCRIPT_NAME or X-Forwarded-Proto counts
-        "control_socket_disable": True,
-        "post_worker_init": _init_worker,
-        "post_request": _hang_up,
-        "when_ready": lambda _: signal.signal(  # SIGHUP: the terminal was closed
-            signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM)
-        ),
-    }
-
-    class Server(BaseApplication):
-        def load_config(self):
-            for name, value in options.items():
-                self.cfg.set(name, value)
-
-        load = staticmethod(partial(create_app, settings))
-
-    logging.getLogger("gunicorn.error").addFilter(_in_one_line)
-    Server().run()
-
-
-def _listen():
-    """Return what gunicorn binds to; exit if nothing can listen there."""
-    host, port = os.environ.get("HOST", ""), _whole_number("PORT", 5000, largest=65535)
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        return []  # gunicorn takes systemd's sockets
-    both = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-        server = socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {error}.")
-    server.listen(2048)
-    return f"fd://{server.detach()}"
-
-
-def _init_worker(worker):
-    for listener in worker.sockets:  # connections inherit this
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SILENCE)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the main process gets it, too
-
-
-def _hang_up(worker, request, environ, answer):
-    """Read no more: else gunicorn's main thread waits 2 s for the client to close."""
-    with suppress(KeyError, OSError):
-        environ["gunicorn.socket"].shutdown(socket.SHUT_RD)
-
-
-def _in_one_line(record):
-    """Have gunicorn log a client's errors in one line, without what it sent."""
-    record.msg, record.args = record.getMessage(), ()
-    if record.exc_info and isinstance(record.exc_info[1], OSError):
-        record.msg += f" {record.exc_info[1]}"
-        record.exc_info = None
-    if record.msg.startswith("Invalid request"):
-        record.msg = record.msg.split(": ")[0]  # it can quote the key
-    return True
-
-
 if __name__ == "__main__":
-    serve()
+    sys.exit("Start it so: gunicorn -c .deploy/gunicorn.conf.py")

@@ -9,8 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 units=${UNITS:-/etc/systemd/system}
 owner=$(stat -c %U .)
-user=$owner
-[ "$owner" != root ] || user=facerecognition
+[ "$owner" = root ] && user=facerecognition || user=$owner
 
 # The units, and beside each what is special here, as systemctl edit would write it.
 write_units() {
@@ -40,8 +39,7 @@ if [ "${1:-}" = undo ]; then
 fi
 
 # As the owner, so that nothing here belongs to root that the owner can't change later.
-HOME=$(getent passwd "$owner" | cut -d: -f6) runuser -u "$owner" -- \
-    make --no-print-directory setup api.key
+HOME=$(getent passwd "$owner" | cut -d: -f6) runuser -u "$owner" -- make --no-print-directory setup api.key
 id "$user" > /dev/null 2>&1 || useradd --system --no-create-home "$user"
 runuser -u "$user" -- test -x .venv/bin/python || {
     echo "The service's user, $user, can't read this folder: move it, to /opt for example"

@@ -26,7 +26,8 @@ from werkzeug.test import encode_multipart
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "tests" / "photos"
 KEY = "a-key-for-tests"
-SERVE = (sys.executable, "facerecognition-external-model.py")
+CONFIGURATION = ".deploy/gunicorn.conf.py"
+SERVE = (sys.executable, "-m", "gunicorn", "-c", CONFIGURATION)
 
 sys.path.insert(0, str(ROOT))
 module = importlib.import_module("facerecognition-external-model")
@@ -96,7 +97,7 @@ class App(Service):
         self.model = model
         settings |= {"API_KEY": KEY, "FACE_MODEL": str(model)}
         with mock.patch.dict(os.environ, settings):
-            self.app = module.create_app()
+            self.app = module.create_app(module.read_settings.__wrapped__())
 
     def request(self, path, form=None, key=KEY):
         options = {"headers": {"x-api-key": key}} if key is not None else {}
@@ -107,13 +108,17 @@ class App(Service):
         return answer.status_code, answer.json if answer.is_json else answer.text
 
 
+HELD = []  # sockets of free ports
 app_with = functools.cache(App)  # a model's, the same for all tests
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port that nothing else gets: a socket holds it, and never listens."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    HELD.append(holder)
+    return holder.getsockname()[1]
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def test_only_kernels_have_instructions_that_not_every_cpu_has():
     assert all("(anonymous namespace)::" in function for function in found), found
 
 
-@pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="no qemu-user-static")
+@pytest.mark.skipif(
+    not shutil.which("qemu-x86_64-static"), reason="no qemu-user-static"
+)
 def test_a_cpu_without_avx():
     assert faces("qemu-x86_64-static", "-cpu", "Nehalem") == ["SSE2", faces()[1]]

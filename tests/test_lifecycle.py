@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,18 @@ from test_limits import open_files
 LARGE = shared.resized(1)
 
 
-def silence(seconds):
-    """Return the command of a service that drops silent clients after that long."""
-    code = "import importlib, struct; m = importlib.import_module('{}'); m.SILENCE = "
-    code += "struct.pack('ll', {}, 0); m.serve()"
-    return sys.executable, "-c", code.format("facerecognition-external-model", seconds)
+@pytest.fixture
+def silence(tmp_path):
+    """silence(seconds) is the command of a service that waits so long for a client."""
+
+    def command(seconds):
+        ours = (shared.ROOT / shared.CONFIGURATION).read_text()
+        assert "SILENCE = 60 " in ours
+        changed = tmp_path / "gunicorn.conf.py"
+        changed.write_text(ours.replace("SILENCE = 60 ", f"SILENCE = {seconds} "))
+        return [*SERVE[:-1], changed]
+
+    return command
 
 
 def analysed(service):
@@ -80,17 +86,18 @@ def test_load(start):
 
 def test_first_come_first_served(monkeypatch):
     app, order, gate = App(3, PHOTOS_AT_ONCE="1"), [], threading.Event()
-    decode = shared.module.decode
+    pool = app.app.config["ANALYSER"].pool
+    detect = shared.module.detect_faces
     monkeypatch.setattr(
         shared.module,
-        "decode",
-        lambda *args: order.append(args[0].width) or decode(*args),
+        "detect_faces",
+        lambda models, image: order.append(image.shape[1]) or detect(models, image),
     )
     with ThreadPoolExecutor(20) as clients:
-        app.app.config["SUBMIT"].func(gate.wait, 60)
+        pool.submit(gate.wait, 60)
         for width in range(20, 35):
             clients.submit(app.detect, encoded(Image.new("L", (width, 20))))
-            time.sleep(0.05)
+            wait_for(lambda sent=width - 19: pool._work_queue.qsize() == sent)
         gate.set()
     assert order == list(range(20, 35))
 
@@ -123,8 +130,8 @@ def test_a_killed_worker_process_is_replaced(start):
 
 
 def test_one_worker_process_whatever_the_environment_says(start):
-    service = start(WEB_CONCURRENCY=4, GUNICORN_CMD_ARGS="--workers 3")
-    time.sleep(0.5)
+    service = start(WEB_CONCURRENCY=4)
+    service.detect(SMALL)
     assert service.log().count("Booting worker") == 1 and service.worker()
 
 
@@ -192,7 +199,7 @@ def test_systemd_starts_it(start):
     assert service.detect(SMALL)[1]["faces-count"] == 1
 
 
-def test_600_silent_clients_delay_nobody_and_are_dropped(start):
+def test_600_silent_clients_delay_nobody_and_are_dropped(start, silence):
     """With nothing at all, or half a body; each is at most a line in the log."""
     service, whole = start(command=silence(4)), upload(SMALL)
     alone, lines = shared.seconds(service), len(service.log().splitlines())
@@ -210,7 +217,7 @@ def test_600_silent_clients_delay_nobody_and_are_dropped(start):
     assert "Traceback" not in service.log() and KEY not in service.log()
 
 
-def test_a_client_that_waits_for_its_answer_is_not_silent(start):
+def test_a_client_that_waits_for_its_answer_is_not_silent(start, silence):
     service = start(command=silence(1), PHOTOS_AT_ONCE=1, DLIB_NUM_THREADS=1)
     began = time.monotonic()
     with ThreadPoolExecutor(8) as clients:
@@ -219,7 +226,7 @@ def test_a_client_that_waits_for_its_answer_is_not_silent(start):
     assert time.monotonic() - began > 1.1
 
 
-def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start):
+def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start, silence):
     service = start(command=silence(2))
     with service.connect() as client:
         client.sendall(upload(SMALL)[:300])

@@ -14,7 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from shared import KEY, ROOT, free_port, module
+from shared import KEY, ROOT, SERVE, free_port, module
 
 
 def run(*command, cwd=ROOT, **settings):
@@ -42,8 +42,7 @@ def copy(tmp_path):
 
 
 def refuses(place, words, **settings):
-    command = [sys.executable, "facerecognition-external-model.py"]
-    status, said = run(*command, cwd=place, PORT=str(free_port()), **settings)
+    status, said = run(*SERVE, cwd=place, PORT=str(free_port()), **settings)
     assert status == 1 and words in said.splitlines()[-1], said
     assert len([line for line in said.splitlines() if "WARNING" not in line]) == 1, said
 
@@ -236,6 +235,17 @@ def test_addresses(copy, host, listens, url):
     assert socket == ["[Socket]", "ListenStream=", f"ListenStream={listens}"]
     assert f"WorkingDirectory={copy}" in unit and "Environment=FACE_MODEL=4" in unit
     assert "User=root" not in unit
+
+
+def test_the_units_are_sound_and_shut_in(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("apt install systemd")
+    assert run(".deploy/install.sh", "units", UNITS=str(tmp_path)) == (0, "")
+    unit = str(tmp_path / "facerecognition.service")
+    assert run("systemd-analyze", "verify", unit) == (0, "")
+    judge = ("systemd-analyze", "security", "--offline=yes", "--threshold=20", unit)
+    status, said = run(*judge)
+    assert status == 0, said
 
 
 def test_an_environment_that_is_not_whole_is_made_anew(copy):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes the virtual environment .venv unless it is whole, and runs its pip.
+"""Makes the virtual environment .venv, or runs its pip.
 
-    vendor/environment.py                 only makes it
+    vendor/environment.py                 makes it, unless it is whole
     vendor/environment.py install flask   as .venv/bin/pip install flask
 
 When an installation is interrupted, pip takes the half for the whole.  So the file
@@ -11,14 +11,15 @@ When an installation is interrupted, pip takes the half for the whole.  So the f
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 VENV = Path(__file__).resolve().parent.parent / ".venv"
 PYTHON = VENV / "bin" / "python"
 WHOLE = VENV / "whole"
+LOG = VENV / "pip.log"
 PACKAGES = (
     "import os, sysconfig; print(os.path.realpath(sysconfig.get_path('purelib')))"
 )
@@ -56,46 +57,46 @@ def make():
 
 def pip(arguments):
     """Run pip, and exit with its last lines if it fails, or with the reason if known."""
-    installs = arguments[0] in ("install", "uninstall")
-    if installs:
+    whole = arguments[0] in ("install", "uninstall") and WHOLE.exists()
+    if whole:
         WHOLE.unlink()
-    with tempfile.TemporaryFile("w+") as log:
-        status = run(arguments, log)
-        log.seek(0)
-        said = log.read()
+    status = run(arguments)
+    said = LOG.read_text(errors="replace")
     unreachable = "Retrying (" in said and "(from versions: none)" in said
-    if installs and (status == 0 or unreachable):  # then it has not begun to install
+    if whole and (status == 0 or unreachable):  # then it has not begun to install
         mark_as_whole()
     if status and "CERTIFICATE_VERIFY_FAILED" in said:
-        reason = (
-            "PyPI's certificate is not trusted here.  If a proxy has a CA of its own:"
-        )
-        sys.exit(f"{reason} export SSL_CERT_FILE=/path/of/ca.pem")
+        print("PyPI's certificate is not trusted here.", file=sys.stderr)
+        sys.exit("If a proxy has a CA of its own: export SSL_CERT_FILE=/path/of/ca.pem")
     if status and unreachable:
         sys.exit("PyPI can't be reached: is this machine offline?")
     if status:
-        sys.exit("\n".join(said.splitlines()[-30:]))
+        sys.exit("\n".join([*said.splitlines()[-30:], f"All that pip said: {LOG}"]))
 
 
-def run(arguments, log):
-    """Return pip's exit status; say every ten seconds that it still runs."""
+def run(arguments):
+    """Return pip's exit status; say every ten seconds that it runs, and what is built."""
     environ = {"PIP_CERT": os.environ.get("SSL_CERT_FILE", "")} | os.environ
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--retries=2"]
-    command += arguments
-    with subprocess.Popen(command, env=environ, stdout=log, stderr=log) as process:
+    command += ["--require-virtualenv", *arguments]
+    with (
+        LOG.open("w") as log,
+        subprocess.Popen(command, env=environ, stdout=log, stderr=log) as process,
+    ):
         for seconds in itertools.count(10, 10):
             try:
                 return process.wait(10)
             except subprocess.TimeoutExpired:
-                print(f"  {seconds} s", flush=True)
+                built = re.findall(r"\[\d+/\d+\]", LOG.read_text(errors="replace"))
+                print(f"  {seconds} s", *built[-1:], flush=True)
 
 
 if __name__ == "__main__":
     try:
-        if not is_whole():
-            make()
         if sys.argv[1:]:
             pip(sys.argv[1:])
+        elif not is_whole():
+            make()
     except PermissionError:
         sys.exit(
             f"{VENV.parent} is another user's: sudo chown -R $(id -un) {VENV.parent}"

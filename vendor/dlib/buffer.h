@@ -20,27 +20,28 @@ public:
         {
             memory.reset();
             size = 0;
-            const size_t bytes = needed * sizeof(T) + alignment;
-            memory.reset(new char[bytes]);
+            memory.reset(new char[needed * sizeof(T) + alignment]);
             size = needed;
-            first = (T*)(((size_t)memory.get() + alignment - 1) / alignment * alignment);
-            use_large_pages(bytes);
+            advise(0, MADV_HUGEPAGE);
         }
-        return first;
+        return (T*)((size_t)(memory.get() + alignment - 1) / alignment * alignment);
     }
 
+    // Gives back to the system what lies beyond so many bytes.  It is there again when it is used again.
+    void keep(const size_t bytes) { advise(bytes, MADV_DONTNEED); }
+
 private:
-    // To get memory from the system takes a tenth of HOG's time if its pages are of 4 KB, and little if they are of 2 MB.
-    void use_large_pages(const size_t bytes)
+    // Advises the system on whole pages of 2 MB.  To get memory in these takes little time, in pages of 4 KB a tenth of
+    // HOG's, and a sixth of the CNN's at 4 megapixels.
+    void advise(const size_t beyond, const int advice)
     {
-        const size_t page = 2 << 20;
-        const size_t begin = ((size_t)memory.get() + page - 1) / page * page, end = ((size_t)memory.get() + bytes) / page * page;
-        if (begin < end)
-            madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+        const size_t page = 2 << 20, begin = (size_t)memory.get(), end = begin + size * sizeof(T) + alignment;
+        const size_t first = (begin + beyond + page - 1) / page * page, last = end / page * page;
+        if (first < last)
+            madvise((void*)first, last - first, advice);
     }
 
     std::unique_ptr<char[]> memory;
-    T* first = nullptr;
     size_t size = 0; // values
 };
 

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 release=$(sed 's/.* //; s/\.tar\.gz$//' vendor/dlib/sha256)
 source=vendor/build/source/$release
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+pip() { .venv/bin/python vendor/environment.py "$@"; }
 trap 'exit 130' INT
 
 # One build at a time, by one user.
@@ -26,7 +26,7 @@ get_source() {
     local new=vendor/build/new
     [ -e "$source" ] && return
     rm -rf vendor/build/dlib-* vendor/build/source "$new"
-    pip -q download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
+    pip download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
     (cd "$new" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz" --no-same-owner)
     rm "$new/$release.tar.gz"
     mv -T "$new" vendor/build/source
@@ -40,24 +40,22 @@ key() {
 }
 
 build() {
-    local log=vendor/build/dlib.log jobs cores
+    local jobs cores
     # A compiler takes up to 1.5 GB.
     jobs=$(awk '/^MemAvailable/ { print int($2 / 1500000) }' /proc/meminfo)
     cores=$(nproc)
     unset CXXFLAGS # which instructions are used is decided when the module is loaded
     export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < 1 ? 1 : jobs < cores ? jobs : cores))
     echo "Building dlib, once: about 1.5 minutes on two cores"
-    pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib 2>&1 |
-        tee "$log" | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]) [^ ]+ .*[ /]([a-z_]+)\..*/\1 \2/p' || {
-        tail -30 "$log"
-        echo "dlib could not be built (its log: $log); make DLIB=prebuilt ... uses a slower one"
+    pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib || {
+        echo "dlib could not be built; make DLIB=prebuilt ... uses a slower one"
         exit 1
     } >&2
 }
 
 wheel() {
     local cache kept
-    cache=$(pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model
+    cache=$(.venv/bin/python -m pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model
     mkdir -p "$cache" 2> /dev/null && [ -w "$cache" ] || cache=vendor/build
     kept=$cache/$(key)
     if ! [ -e "$kept" ]; then

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <dlib/dnn/utilities.h>
 #include <dlib/image_transforms/image_pyramid.h>
-#include <sys/mman.h>
 
 using namespace dlib;
 
@@ -28,16 +27,6 @@ namespace
     // What a photo of 0.31 megapixels needs, on two threads, is kept for the next one.  It takes time to get memory
     // from the system, most of all on a virtual machine whose host has to find it first.
     const size_t bytes_kept = 24 << 20;
-
-    // Advises the system on the whole pages of memory that lie beyond so many bytes.  To get them takes a sixth of
-    // the detection at 4 megapixels if they are of 4 KB, and little if they are of 2 MB.
-    void advise(float* const memory, const size_t size, const size_t beyond, const int advice)
-    {
-        const size_t page = 2 << 20;
-        const size_t begin = ((size_t)memory + beyond + page - 1) / page * page, end = (size_t)(memory + size) / page * page;
-        if (begin < end)
-            madvise((void*)begin, end - begin, advice);
-    }
 
     // The first and the last layer are too shallow, or too wide, for Winograd's method; relu follows all but the last.
     std::vector<convolution> layers_of(const detector_network& net)
@@ -168,15 +157,8 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
     // The pyramid or 45 planes of features; 32 planes of them and the space of the threads, or 45.
     const size_t size0 = std::max(3 * rows * columns, 45 * plane);
     const size_t size1 = std::max(45 * plane, 32 * plane + num_threads() * (first_size + second_size));
-    if (size0 + size1 > memory_size)
-    {
-        memory.reset();
-        memory_size = 0;
-        memory.reset(new float[size0 + size1]);
-        memory_size = size0 + size1;
-        advise(memory.get(), memory_size, 0, MADV_HUGEPAGE);
-    }
-    float* const buffers[] = {memory.get(), memory.get() + size0};
+    float* const all = memory.get(size0 + size1);
+    float* const buffers[] = {all, all + size0};
 
     const planes<float> pyramid(buffers[0], 3, rows, columns);
     make_pyramid(pyramid, levels, photo);
@@ -189,6 +171,6 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
         features = out;
     }
     const auto faces = find_faces(features, levels);
-    advise(memory.get(), memory_size, bytes_kept, MADV_DONTNEED);
+    memory.keep(bytes_kept);
     return faces;
 }

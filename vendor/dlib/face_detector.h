@@ -1,10 +1,10 @@
 #ifndef FACE_DETECTOR_H
 #define FACE_DETECTOR_H
 
+#include "buffer.h"
 #include "faces.h"
 #include "networks.h"
 #include <dlib/image_processing/full_object_detection.h>
-#include <memory>
 
 // dlib's cnn_face_detection_model_v1, in a fraction of the memory: no layer's output is kept.  The image pyramid goes
 // through the first three layers in bands, and the other four take turns with two buffers, one of them the pyramid's.
@@ -26,8 +26,7 @@ private:
 
     const detector_network net;
     const std::vector<convolution> layers;
-    std::unique_ptr<float[]> memory; // for the next photo
-    size_t memory_size = 0;
+    buffer<float> memory; // for the next photo
 };
 
 #endif

@@ -4,7 +4,6 @@
 #include "faces.h"
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
-#include <malloc.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -110,14 +109,6 @@ namespace
 
 PYBIND11_MODULE(dlib, m)
 {
-#ifdef __GLIBC__
-    // What a small photo takes stays for the next one, and what a large one takes goes back to the system: more than
-    // 32 MB would break the limit that "make memory" checks.  By default, threads have a heap each, and keep up to 64
-    // MB of free memory in it, plus what lies between.
-    mallopt(M_ARENA_MAX, 1);
-    mallopt(M_MMAP_THRESHOLD, 4 << 20);
-    mallopt(M_TRIM_THRESHOLD, 32 << 20);
-#endif
     m.attr("__version__") = VERSION;
     m.attr("DLIB_USE_CUDA") = false;
     m.attr("DLIB_FAST_FACES") = cpu().name;

@@ -1,0 +1,88 @@
+"""How gunicorn serves: gunicorn -c .deploy/gunicorn.conf.py, in the service's folder.
+
+One worker process has the models, and a thread for each connection: clients wait.  SIGTERM
+finishes the photos in flight.  Other settings: https://gunicorn.org/reference/settings/
+"""
+
+import importlib
+import logging
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+SILENCE = 60  # seconds after which a silent client is dropped
+
+wsgi_app = "facerecognition-external-model:create_app()"
+workers = 1
+threads = 1000  # its worker class is gthread then
+timeout = 0  # a photo may take any time
+graceful_timeout = 300
+keepalive = 0  # a reused connection can close just as a photo is sent
+limit_request_fields = 50
+limit_request_field_size = 2048
+forwarded_allow_ips = ""  # nobody's SCRIPT_NAME or X-Forwarded-Proto counts
+control_socket_disable = True
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def listen(host, port):
+    """Return what to bind to, or exit with one line if nothing can listen there.
+
+    gunicorn itself would try it five times, and tell of each.
+    """
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        return []  # gunicorn takes systemd's sockets
+    both = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    try:
+        server = socket.create_server(
+            (host, port), family=family, dualstack_ipv6=both, backlog=2048
+        )
+    except OSError as error:
+        sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {error}.")
+    return f"fd://{server.detach()}"
+
+
+def when_ready(server):
+    if address := os.environ.get("SHOWN_ADDRESS"):
+        print(f"Its address for Nextcloud is {address}.  Ctrl-C stops it.", flush=True)
+    # SIGHUP: the terminal was closed.
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def post_worker_init(worker):
+    silence = struct.pack("ll", SILENCE, 0)
+    for listener in worker.sockets:  # connections inherit this
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, silence)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, silence)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the main process gets it, too
+
+
+def post_request(worker, request, environ, answer):
+    # Read no more: else gunicorn's main thread waits 2 s for the client to close.
+    with suppress(KeyError, OSError):
+        environ["gunicorn.socket"].shutdown(socket.SHUT_RD)
+
+
+def in_one_line(record):
+    """Have gunicorn log a client's errors in one line, without what it sent."""
+    record.msg, record.args = record.getMessage(), ()
+    if record.exc_info and isinstance(record.exc_info[1], OSError):
+        record.msg += f" {record.exc_info[1]}"
+        record.exc_info = None
+    if record.msg.startswith("Invalid request"):
+        record.msg = record.msg.split(": ")[0]  # it can quote the key
+    return True
+
+
+logging.getLogger("gunicorn.error").addFilter(in_one_line)
+_, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+# A wrong setting ends the main process here, not one worker after another.
+service = importlib.import_module("facerecognition-external-model")
+service.read_settings()
+bind = listen(os.environ.get("HOST", ""), service.whole_number("PORT", 5000, 65535))
