@@ -13,8 +13,8 @@ namespace
 {
     typedef std::vector<std::vector<rect_detection>> detections; // of each of the five detectors
 
-    // The rows of features that a thread scans at a time, few enough for its cache, and the fewest that it computes at
-    // a time, as it needs the pixels of three rows more for them.
+    // A thread scans so many rows of features at a time, few enough for its processor's second cache, and computes at
+    // least so many at a time, as that takes the pixels of three rows more.
     const long rows_scanned = 32, fewest_rows = 16;
 
     // There are rows and columns of zeros around the features, for windows that lie partly outside.

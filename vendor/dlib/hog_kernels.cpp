@@ -6,7 +6,20 @@ namespace
     const long cell = hog_cell_size, half_cell = cell / 2;
     const int num_orientations = 18;
 
-    typedef float two_floats __attribute__((vector_size(8), aligned(4), may_alias));
+    // How many floats a register holds.
+#if defined(__AVX512F__)
+    const int lanes = 16;
+#elif defined(__AVX__)
+    const int lanes = 8;
+#else
+    const int lanes = 4;
+#endif
+    template <int num>
+    struct several
+    {
+        typedef float floats __attribute__((vector_size(4 * num), aligned(4), may_alias));
+    };
+    typedef several<2>::floats two_floats;
 
     long min(const long a, const long b) { return a < b ? a : b; }
     long max(const long a, const long b) { return a > b ? a : b; }
@@ -19,11 +32,7 @@ namespace
             : num_cells((columns + half_cell) / cell), pixel_step(columns), cell_step(num_cells + 2) {}
 
         long pixels(const long row) const { return row % 3 * 3 * pixel_step; }
-        long bins() const { return 9 * pixel_step; }
-        long lengths() const { return 10 * pixel_step; }
-        long to_left() const { return 11 * pixel_step; }
-        long to_right() const { return 12 * pixel_step; }
-        long pairs() const { return 13 * pixel_step; }
+        long pairs() const { return 9 * pixel_step; }
         long cells(const long row) const { return pairs() + (2 + (row & 1)) * num_orientations * cell_step; }
         long energies(const long row) const { return pairs() + (4 * num_orientations + (row & 1)) * cell_step; }
         long limits(const long row) const { return energies(0) + (2 + (row & 1)) * cell_step; }
@@ -36,20 +45,27 @@ namespace
 
     long features_space(const long columns) { return layout(columns).size(); }
 
-    // For each pixel x of a row, finds the length of its gradient, shared out to the cells on its left and right, and
-    // the place among the row's pairs of the left one's bin for its orientation.
+    // Of so many neighboring pixels, the length of the gradient, the shares of the cells on the left and on the right of
+    // it, and the place in the row's pairs of the left one's bin for its orientation.
+    const long num_votes = 256;
+    struct votes
+    {
+        float lengths[num_votes], to_left[num_votes], to_right[num_votes];
+        int bins[num_votes];
+    };
+
     // Of the three colors the one counts whose gradient is longest; of equal ones, the last if they are in a group.
     template <bool grouped>
-    void find_gradients(float* __restrict const to_left, float* __restrict const to_right, float* __restrict const lengths,
-        int* __restrict const bins, const float* const above, const float* const row, const float* const below,
-        const long step, const long begin, const long end)
+    void find_votes(votes& __restrict v, const float* const above, const float* const row, const float* const below,
+        const long step, const int begin, const int end)
     {
         // dlib takes the longest of 18 projections.  Seen from these, it is that between whose neighbors the gradient is:
         // for each pair of values that a gradient of bytes can have.
         const float tangents[] = {0.0603f / 0.3420f, 0.1737f / 0.3008f, 0.2660f / 0.2232f, 0.3264f / 0.1188f};
         #pragma GCC ivdep
-        for (int x = begin; x < end; ++x)
+        for (int i = 0; i < end - begin; ++i)
         {
+            const int x = begin + i;
             float dx = row[x + 1] - row[x - 1], dy = below[x] - above[x], squared = dx * dx + dy * dy;
             #pragma GCC unroll 2
             for (int k = 1; k < 3; ++k)
@@ -68,29 +84,28 @@ namespace
                 + (height > width * tangents[2]) + (height > width * tangents[3]);
             const float sign = steep == 0 ? dx : dy;
             const int orientation = ((steep != 0) & (dx * dy < 0) ? 9 - steep : steep) + (sign < 0 ? 9 : 0);
-            bins[x] = 2 * (((x + (int)half_cell) >> 3) * num_orientations + orientation);
+            v.bins[i] = 2 * (((x + (int)half_cell) >> 3) * num_orientations + orientation);
 
             const float right = (((x + (int)half_cell) & 7) + 0.5f) / cell, length = __builtin_sqrtf(squared);
-            to_left[x] = grouped ? (1 - right) * length : 1 - right;
-            to_right[x] = grouped ? right * length : right;
+            v.to_left[i] = grouped ? (1 - right) * length : 1 - right;
+            v.to_right[i] = grouped ? right * length : right;
             if (!grouped)
-                lengths[x] = length;
+                v.lengths[i] = length;
         }
     }
 
-    // Adds the lengths to the four bins around each pixel by bilinear interpolation.
+    // Adds them to the four bins around each of a row's pixels: bilinear interpolation.
     template <bool grouped>
-    void vote(float* const pairs, const float* const to_left, const float* const to_right, const float* const lengths,
-        const int* const bins, const long y, const long begin, const long end)
+    void vote(float* const pairs, const votes& v, const long y, const long num)
     {
         const float lower = ((y + half_cell) % cell + 0.5f) / cell;
         const two_floats down = {1 - lower, lower};
-        for (long x = begin; x < end; ++x)
+        for (long i = 0; i < num; ++i)
         {
-            two_floats* const left = (two_floats*)(pairs + bins[x]);
-            two_floats* const right = (two_floats*)(pairs + bins[x] + 2 * num_orientations);
-            *left += grouped ? down * to_left[x] : down * to_left[x] * lengths[x];
-            *right += grouped ? down * to_right[x] : down * to_right[x] * lengths[x];
+            two_floats* const left = (two_floats*)(pairs + v.bins[i]);
+            two_floats* const right = (two_floats*)(pairs + v.bins[i] + 2 * num_orientations);
+            *left += grouped ? down * v.to_left[i] : down * v.to_left[i] * v.lengths[i];
+            *right += grouped ? down * v.to_right[i] : down * v.to_right[i] * v.lengths[i];
         }
     }
 
@@ -185,8 +200,6 @@ namespace
         const long rows, const long columns, const long begin, const long end, float* const space)
     {
         const layout in(columns);
-        int* const bins = (int*)(space + in.bins());
-        float *const lengths = space + in.lengths(), *const to_left = space + in.to_left(), *const to_right = space + in.to_right();
         float* const pairs = space + in.pairs();
         for (long i = 0; i < 2 * num_orientations * in.cell_step; ++i)
             pairs[i] = 0;
@@ -194,7 +207,7 @@ namespace
         // The pixels that count, within the image's border and its last whole cell, and those that dlib takes in groups.
         const long last_row = min(rows, (rows + half_cell) / cell * cell) - 1;
         const long last_column = min(columns, in.num_cells * cell) - 1;
-        const long grouped = 1 + (last_column - 1) / hog_group_size * hog_group_size;
+        const long last_grouped = 1 + (last_column - 1) / hog_group_size * hog_group_size;
         const auto load_pixels = [&](const long y)
         {
             float* const to = space + in.pixels(y);
@@ -215,10 +228,15 @@ namespace
                 load_pixels(y + 1);
                 const float *const above = space + in.pixels(y - 1), *const middle = space + in.pixels(y);
                 const float* const below = space + in.pixels(y + 1);
-                find_gradients<true>(to_left, to_right, lengths, bins, above, middle, below, columns, 1, grouped);
-                find_gradients<false>(to_left, to_right, lengths, bins, above, middle, below, columns, grouped, last_column);
-                vote<true>(pairs, to_left, to_right, lengths, bins, y, 1, grouped);
-                vote<false>(pairs, to_left, to_right, lengths, bins, y, grouped, last_column);
+                votes v;
+                for (long x = 1; x < last_grouped; x += num_votes)
+                {
+                    const long stop = min(x + num_votes, last_grouped);
+                    find_votes<true>(v, above, middle, below, columns, x, stop);
+                    vote<true>(pairs, v, y, stop - x);
+                }
+                find_votes<false>(v, above, middle, below, columns, last_grouped, last_column);
+                vote<false>(pairs, v, y, last_column - last_grouped);
             }
             take_cells(space + in.cells(row), pairs, in.cell_step, in.num_cells);
             find_energies(space + in.energies(row), space + in.cells(row), in.cell_step, in.num_cells);
@@ -232,58 +250,63 @@ namespace
         }
     }
 
-    // Adds up every so-manieth product of a filter and values that lie a step from each other.
-    template <int every>
-    float product(const float* const in, const long step, const float* const filter, const int first)
+    // The sum of every so-manieth product, from the first on, of a filter and values that lie a step from each other.
+    template <int num, int every>
+    typename several<num>::floats product(const float* const in, const long step,
+        const typename several<num>::floats* const filter, const int first)
     {
-        float sum = in[first * step] * filter[first];
+        typedef typename several<num>::floats floats;
+        floats sum = *(const floats*)(in + first * step) * filter[first];
         #pragma GCC unroll 10
         for (int j = first + every; j < hog_filter_size; j += every)
-            sum += in[j * step] * filter[j];
+            sum += *(const floats*)(in + j * step) * filter[j];
         return sum;
     }
 
-    // Computes one row, or two at a time, which have values in common.
-    template <bool grouped, int num_rows, bool add>
-    void slide(float* __restrict const out, const long step, const float* const in, const long in_step,
-        const float* const filter, const long num)
+    // Slides a filter over columns [begin,end) of some rows, so many rows at a time: two have values in common.
+    template <int num, bool grouped, int num_rows, bool add>
+    void slide(float* const out, const long out_step, const float* const in, const long in_step, const long step,
+        const float* const filter, const long rows, const long begin, const long end)
     {
-        #pragma GCC ivdep
-        for (long i = 0; i < num; ++i)
-        {
-            #pragma GCC unroll 2
-            for (int r = 0; r < num_rows; ++r)
+        typedef typename several<num>::floats floats;
+        floats values[hog_filter_size];
+        for (int j = 0; j < hog_filter_size; ++j)
+            values[j] = floats{} + filter[j];
+        for (long r = 0; r < rows; r += num_rows)
+            for (long c = begin; c < end; c += num)
             {
-                const float* const from = in + r * step + i;
-                const float sum = grouped ? product<3>(from, in_step, filter, 0)
-                    + (product<3>(from, in_step, filter, 1) + product<3>(from, in_step, filter, 2))
-                    : product<1>(from, in_step, filter, 0);
-                float& to = out[r * step + i];
-                to = add ? sum + to : sum;
+                #pragma GCC unroll 2
+                for (long i = r; i < r + num_rows; ++i)
+                {
+                    const float* const from = in + i * in_step + c;
+                    const floats sum = grouped ? product<num, 3>(from, step, values, 0)
+                        + (product<num, 3>(from, step, values, 1) + product<num, 3>(from, step, values, 2))
+                        : product<num, 1>(from, step, values, 0);
+                    floats& to = *(floats*)(out + i * out_step + c);
+                    to = add ? sum + to : sum;
+                }
             }
-        }
     }
 
     template <int num_rows, bool add>
-    void slide_along(float* const out, const long step, const float* const in, const long in_step,
-        const float* const filter, const long num)
+    void slide_over(float* const out, const long out_step, const float* const in, const long in_step, const long step,
+        const float* const filter, const long rows, const long columns)
     {
-        const long grouped = num / hog_group_size * hog_group_size;
-        slide<true, num_rows, add>(out, step, in, in_step, filter, grouped);
-        if (grouped < num)
-            slide<false, num_rows, add>(out + grouped, step, in + grouped, in_step, filter, hog_group_size);
+        const int group = hog_group_size, fewer = lanes < group ? lanes : group;
+        const long grouped = columns / group * group, in_lanes = grouped / lanes * lanes;
+        slide<lanes, true, num_rows, add>(out, out_step, in, in_step, step, filter, rows, 0, in_lanes);
+        slide<fewer, true, num_rows, add>(out, out_step, in, in_step, step, filter, rows, in_lanes, grouped);
+        if (grouped < columns)
+            slide<fewer, false, num_rows, add>(out, out_step, in, in_step, step, filter, rows, grouped, grouped + group);
     }
 
-    void filter(float* const scores, const long score_step, const float* const in, const long in_step, const long rows,
+    void filter(float* const scores, const long step, const float* const in, const long in_step, const long rows,
         const long columns, const float* const row_filter, const float* const column_filter, float* const space)
     {
-        const long step = score_step;
-        for (long r = 0; r < rows + hog_filter_size - 1; ++r)
-            slide_along<1, false>(space + r * step, step, in + r * in_step, 1, row_filter, columns);
-        for (long r = 0; r + 1 < rows; r += 2)
-            slide_along<2, true>(scores + r * step, step, space + r * step, step, column_filter, columns);
-        if (rows % 2 != 0)
-            slide_along<1, true>(scores + (rows - 1) * step, step, space + (rows - 1) * step, step, column_filter, columns);
+        const long even = rows / 2 * 2;
+        slide_over<1, false>(space, step, in, in_step, 1, row_filter, rows + hog_filter_size - 1, columns);
+        slide_over<2, true>(scores, step, space, step, step, column_filter, even, columns);
+        slide_over<1, true>(scores + even * step, step, space + even * step, step, step, column_filter, rows - even, columns);
     }
 }
 
