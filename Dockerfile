@@ -8,7 +8,7 @@ ARG BASE=debian:trixie-slim
 
 FROM $BASE AS builder
 RUN apt-get update && apt-get install -y --no-install-recommends \
-    ca-certificates g++ make patch python3-dev python3-venv
+    ca-certificates curl g++ make python3-dev python3-venv
 WORKDIR /app
 COPY vendor/requirements.lock vendor/
 RUN python3 -m venv .venv && .venv/bin/pip install -q --require-hashes -r vendor/requirements.lock
@@ -19,7 +19,13 @@ ARG MODELS="1 2 3 4"
 ARG MODELS_FROM=github
 RUN python3 vendor/models.py $MODELS
 COPY vendor vendor/
-RUN vendor/dlib/any-cpu.sh && .venv/bin/pip uninstall -qy pip
+RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-deps vendor/wheels/*.whl \
+    && .venv/bin/pip uninstall -qy pip && rm .venv/pip.log
+
+
+# For a release: docker build --target wheel --output wheels --build-arg MODELS= .
+FROM scratch AS wheel
+COPY --from=builder /app/vendor/wheels /
 
 
 FROM $BASE
@@ -31,7 +37,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 tzdata 
 WORKDIR /app
 COPY --from=builder /app/vendor/models vendor/models
 COPY --from=builder /app/.venv .venv
-COPY vendor/models.json vendor/
+COPY vendor/models.json vendor/models.py vendor/
 COPY .deploy/start.sh .deploy/health.py .deploy/decoder.py .deploy/gunicorn.conf.py .deploy/
 COPY facerecognition-external-model.py ./
 ENV PATH=/app/.venv/bin:$PATH

@@ -11,7 +11,6 @@ JSON.  Settings come from the environment (defaults in parentheses):
 """
 
 import ctypes
-import hashlib
 import hmac
 import json
 import logging
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,21 +33,25 @@ import numpy as np
 from flask import Blueprint, Flask, Request, Response, abort, current_app, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from vendor.models import paths, training
+
 __version__ = "1.0.0"
 HERE = Path(__file__).resolve().parent
-MODELS = json.loads((HERE / "vendor" / "models.json").read_text())
-DLIB = f"{dlib.__version__}, {getattr(dlib, 'DLIB_FAST_FACES', 'stock and slow')}"
+OUR_ENGINE = getattr(dlib, "DLIB_FAST_FACES", None)  # for which level of CPU
+DLIB = f"{dlib.__version__}, {OUR_ENGINE or 'stock and slow'}"
 log = logging.getLogger("facerecognition")
 
 # What a small photo takes stays for the next one, and what a large one takes goes back to
 # the system.  By default glibc keeps up to 64 MB for each thread, and what lies between.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # as in its malloc.h
-for option, value in (
-    (M_ARENA_MAX, 1),
-    (M_MMAP_THRESHOLD, 4 << 20),
-    (M_TRIM_THRESHOLD, 32 << 20),
-):
-    ctypes.CDLL(None).mallopt(option, value)
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in musl
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = (
+        -1,
+        -3,
+        -8,
+    )  # as in glibc's malloc.h
+    mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MMAP_THRESHOLD, 4 << 20)
+    mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 
 # ---------------------------------------------------------------------------- settings
@@ -56,7 +59,7 @@ for option, value in (
 # Bytes, as "make memory" measures them.  A photo in flight has a model set.
 MEMORY_AT_REST = 160 << 20
 MEMORY_PER_PHOTO = 104 << 20
-MEMORY_PER_PIXEL = 64 if hasattr(dlib, "DLIB_FAST_FACES") else 1050
+MEMORY_PER_PIXEL = 64 if OUR_ENGINE else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
@@ -125,21 +128,21 @@ def _memory():
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
 BATCH = 16  # faces are described at once, so that their number takes no more memory
-load_landmarks = cache(dlib.shape_predictor)  # unlike a network, it can be shared
+# What running does not change is shared by all model sets; it changes stock dlib's network.
+load_landmarks = cache(dlib.shape_predictor)
+load_descriptor = dlib.face_recognition_model_v1
+if OUR_ENGINE:
+    load_descriptor = cache(load_descriptor)
 
 
 def check_model_files(model):
     """Return a model's files, or exit with one line unless all are there and whole."""
-    folder = HERE / "vendor" / "models" / str(model)
-    files = [folder / name for name in MODELS["models"][str(model)]]
-    for file in files:
-        known = MODELS["files"][file.name]
-        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
-        if digest == known.get("later"):
-            log.warning("%s is a later training: boxes differ by some pixels.", file)
-        elif digest != known["sha256"]:
+    for file in paths(model):
+        if not (found := training(file)):
             sys.exit(f"{file} is missing or damaged: make FACE_MODEL={model} setup")
-    return [str(file) for file in files]
+        if found == "later":
+            log.warning("%s is a later training: boxes differ by some pixels.", file)
+    return [str(file) for file in paths(model)]
 
 
 def load_model_set(settings):
@@ -151,7 +154,7 @@ def load_model_set(settings):
             cnn=dlib.cnn_face_detection_model_v1(*cnn) if cnn else None,
             hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
             landmarks=load_landmarks(landmarks),
-            descriptor=dlib.face_recognition_model_v1(describer),
+            descriptor=load_descriptor(describer),
         )
     except RuntimeError as error:  # dlib's; the files were checked, so memory ran out
         raise MemoryError(str(error)) from error
@@ -205,94 +208,63 @@ DECODING_SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
 
 
 class Decoder:
-    """Processes that decode one photo each, so that none harms the models or another.
+    """Processes that decode a photo each, so that none harms the models or another photo.
 
     They run .deploy/decoder.py, without our environment: it has the key.
     """
 
     def __init__(self, count):
-        self.command = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
-        self.command += [str(count), str(DECODING_SECONDS)]
+        self.program = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
+        self.program += [str(count), str(DECODING_SECONDS)]
         self.lock = Lock()
         self._start()
 
-    def _start(self):
-        self.sockets, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        alone = {"env": {}, "start_new_session": True}  # Ctrl-C is not for it
-        with theirs:
-            self.main = subprocess.Popen(self.command, stdin=theirs, **alone)
+    def decode(self, file, **request):
+        """Return a region of an image file, where it begins, and the image's size.
 
-    def _waiting(self):
-        """Return a process that waits for a photo, as a socket."""
-        with self.lock:
-            for _ in range(2):
-                _, descriptors, *_ = socket.recv_fds(self.sockets, 1, 1)
-                if descriptors:
-                    return socket.socket(fileno=descriptors[0])
-                self.main.wait()  # it has died
-                self._start()
-        raise OSError("photos can't be decoded")
+        Its pixels are RGB, a uint8 array of shape (height, width, 3).  The decoder's
+        docstring says what can be requested.  Aborts with 400, 412 or 415 if the image
+        can't be decoded so.
+        """
+        request = json.dumps(request).encode()
+        for _ in range(2):  # again if all the processes were just killed
+            with self._waiting() as process, suppress(ConnectionError):
+                socket.send_fds(process, [request], [file.fileno()])
+                with process.makefile("rb") as answers:
+                    return self._read(answers)
+        raise OSError("the decoder was killed twice")
 
-    def open(self, file, memory):
-        """Return the ``Photo`` in an image file, which may take so many bytes of memory."""
-        try:
-            return Photo(self._waiting(), file, memory)
-        except ConnectionError:  # the decoder was just killed
-            return Photo(self._waiting(), file, memory)
-
-
-class Photo:
-    """An image in a process that decodes it; ``size`` is its width and height."""
-
-    def __init__(self, process, file, memory):
-        self.process, self.answers = process, process.makefile("rb")
-        limit = json.dumps({"memory": memory}).encode()
-        socket.send_fds(process, [limit], [file.fileno()])
-        self.size = self._answer()["size"]
-
-    def close(self):
-        """End the process."""
-        self.answers.close()
-        self.process.close()
-
-    def _answer(self):
-        """Return what the process answers, or abort as that says."""
-        line = self.answers.readline()
-        if not line:
-            raise ConnectionError("the decoder was killed")
+    def _read(self, answers):
+        if not (line := answers.readline()):
+            raise ConnectionError
         answer = json.loads(line)
         if "status" in answer:
             abort(answer["status"], answer["reason"])
-        return answer
-
-    def pixels(self, region, memory):
-        """Return a region's pixels in RGB: a uint8 array of shape (height, width, 3).
-
-        ``region`` is left, top, right and bottom, the last two exclusive.
-        """
-        with suppress(BrokenPipeError):  # its last answer says why
-            request = {"region": region, "memory": memory}
-            self.process.sendall(json.dumps(request).encode())
-        self._answer()
-        left, top, right, bottom = region
+        left, top, right, bottom = answer["region"]
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-        if self.answers.readinto(pixels) < pixels.nbytes:
-            raise ConnectionError("the decoder was killed")
-        return pixels
+        if answers.readinto(pixels) < pixels.nbytes:
+            raise ConnectionError
+        return pixels, (left, top), answer["size"]
+
+    def _waiting(self):
+        """Return the socket of a process that waits for a photo."""
+        with self.lock:
+            for _ in range(2):
+                _, sockets, *_ = socket.recv_fds(self.control, 1, 1)
+                if sockets:
+                    return socket.socket(fileno=sockets[0])
+                self.main.wait()  # it was killed
+                self._start()
+        raise OSError("photos can't be decoded: the log says why")
+
+    def _start(self):
+        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        alone = {"env": {}, "start_new_session": True}  # a Ctrl-C does not reach it
+        with theirs:
+            self.main = subprocess.Popen(self.program, stdin=theirs, **alone)
 
 
-def surroundings(box, width, height):
-    """Return the region of an image on which a face's landmarks and descriptor depend.
-
-    That is its box extended by its size: dlib's landmarks and face chip reach 0.7 of that
-    far.  It is clamped to the image, and has a pixel at least.
-    """
-    margin = max(box.width(), box.height())
-    left = min(max(box.left() - margin, 0), width - 1)
-    top = min(max(box.top() - margin, 0), height - 1)
-    right = max(min(box.right() + margin + 1, width), left + 1)
-    bottom = max(min(box.bottom() + margin + 1, height), top + 1)
-    return left, top, right, bottom
+# ---------------------------------------------------------------------------- analysis
 
 
 class FaceAnalyser:
@@ -300,6 +272,7 @@ class FaceAnalyser:
 
     def __init__(self, settings):
         self.settings = settings
+        self.most = settings["PHOTO_MEMORY"] - MEMORY_PER_PHOTO  # bytes for pixels
         self.decoder = Decoder(settings["PHOTOS_AT_ONCE"])
         self.idle = [load_model_set(settings)]  # more are loaded when needed
         self.pool = ThreadPoolExecutor(settings["PHOTOS_AT_ONCE"])
@@ -307,13 +280,13 @@ class FaceAnalyser:
     def analyse(self, file, box=None):
         """Return all faces in an image file, or the one in ``box``, as ``/detect`` answers.
 
-        Aborts with 400, 412 or 415 if it can't be decoded.
+        Aborts with 412 if that takes more memory than a photo may, or as decoding does.
         """
         return self.pool.submit(self._analyse, file, box, time.monotonic()).result()
 
     def _analyse(self, file, box, queued):
         began = time.monotonic()
-        pixels, (x, y), size = self._decode(file, box)
+        pixels, (x, y), size = self.decoder.decode(file, **self._request(box))
         with self._model_set() as models:
             if box:
                 found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
@@ -336,21 +309,15 @@ class FaceAnalyser:
             for (box, confidence), (landmarks, descriptor) in zip(found, described)
         ]
 
-    def _decode(self, file, box):
-        """Return the pixels to analyse, the place of the first one, and the image's size."""
-        most = self.settings["PHOTO_MEMORY"]
-        with closing(self.decoder.open(file, most - MEMORY_PER_PHOTO)) as photo:
-            width, height = photo.size
-            region = surroundings(box, width, height) if box else (0, 0, width, height)
-            # The CNN adds a border of 11 pixels.  Describing a face takes next to nothing.
-            detecting = 0 if box else MEMORY_PER_PIXEL * (width + 22) * (height + 22)
-            if MEMORY_PER_PHOTO + detecting > most:
-                needed = f"{MEMORY_PER_PHOTO + detecting >> 20} MB of memory"
-                abort(412, f"The photo takes {needed}, of {most >> 20}: scale it down.")
-            # From now on, the region's pixels are here, too.
-            area = (region[2] - region[0]) * (region[3] - region[1])
-            pixels = photo.pixels(region, most - MEMORY_PER_PHOTO - 3 * area)
-            return pixels, region[:2], photo.size
+    def _request(self, box):
+        """Return what to request of the decoder: as much as there is memory for."""
+        if box:
+            region, border, per_pixel = surroundings(box), 0, 4  # 3 and what dlib takes
+        else:
+            region, border, per_pixel = None, 11, MEMORY_PER_PIXEL  # the CNN's border
+        pixels = self.most // per_pixel
+        limits = {"memory": self.most, "pixels": pixels, "border": border}
+        return {"region": region, **limits}
 
     @contextmanager
     def _model_set(self):
@@ -358,6 +325,17 @@ class FaceAnalyser:
         models = self.idle.pop() if self.idle else load_model_set(self.settings)
         yield models
         self.idle.append(models)  # unless its run failed: then it could be broken
+
+
+def surroundings(box):
+    """Return the region on which a face's landmarks and descriptor depend.
+
+    That is its box extended by its size: dlib's landmarks and face chip reach 0.7 of that
+    far.
+    """
+    margin = max(box.width(), box.height())
+    left, top = box.left() - margin, box.top() - margin
+    return left, top, box.right() + margin + 1, box.bottom() + margin + 1
 
 
 # ----------------------------------------------------------------------------- service
@@ -466,12 +444,16 @@ def refuse(error):
     if isinstance(error, HTTPException):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
-        answer, reason = Response(status=507), getattr(error, "strerror", None) or error
-        reason = f"Add memory, disk or open files: {str(reason) or 'none left'}"
+        answer, reason = Response(status=507), getattr(error, "strerror", None)
+        reason = (
+            f"Add memory, disk or open files: {reason or str(error) or 'none left'}"
+        )
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")
-    with suppress(Exception):  # a client that still sends would not get the answer
+    # A client that still sends would not get the answer.  If reading is what has failed,
+    # that error is the context of this one: no need to wait for more.
+    with suppress(Exception):
         while not error.__context__ and request.stream.read(1 << 16):
             pass
     size, status = request.content_length or 0, answer.status_code

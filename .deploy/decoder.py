@@ -2,15 +2,18 @@
 
     decoder.py COUNT SECONDS
 
-It keeps COUNT processes waiting, with so many seconds of processor time.  Standard input is a socket, over which the service gets
-a socket of each.  A process takes one photo: its file's descriptor, sent with {"memory":
-bytes that decoding may take}.  Then they talk, a line of JSON at a time:
+It keeps COUNT processes waiting, each with so many seconds of processor time, and sends
+the service a socket of each over standard input, which is a socket, too.  A process takes
+one photo: the descriptor of its file, with
 
-    {"size": [width, height]}                               not decoded yet
-    {"region": [left, top, right, bottom], "memory": bytes} from the service
-    {}                                                      the region's RGB bytes follow
+    {"region": [left, top, right, bottom] or null for all, "memory": bytes to decode in,
+     "pixels": how many the region may have, with a "border" of so many on each side}
 
-{"status": …, "reason": …} instead of an answer says how to refuse the photo.
+It answers with a line, and the RGB bytes of the region's part that lies in the image:
+
+    {"size": [width, height], "region": [left, top, right, bottom]}
+
+or with {"status": 400, 412 or 415, "reason": why the photo is refused}.
 """
 
 import ctypes
@@ -36,14 +39,16 @@ from PIL.WebPImagePlugin import WebPImageFile
 # What dlib.load_rgb_image reads.
 READERS = (BmpImageFile, GifImageFile, JpegImageFile, PngImageFile, WebPImageFile)
 ROWS = 64  # that are converted at a time
-TOO_MUCH = "The photo takes more {} to decode than one may here: scale it down."
+SCALE = "scale it down, or lower PHOTOS_AT_ONCE"
+TOO_MUCH = f"The photo takes more {{}} to decode than one may here: {SCALE}."
+TOO_LARGE = f"{{}} pixels take more memory than a photo may here: {SCALE}."
 Image.MAX_IMAGE_PIXELS = None
 c_errno = ctypes.CDLL(None).__errno_location
 c_errno.restype = ctypes.POINTER(ctypes.c_int)
 
 
-class NotRead(Exception):
-    """The file is of a kind that is not read here."""
+class Refusal(Exception):
+    """With the status and the reason."""
 
 
 def hide_in_jpeg(file):
@@ -96,7 +101,7 @@ def open_image(file):
             break
     else:
         formats = ", ".join(reader.format for reader in READERS)
-        raise NotRead(f"This is no image that is read here: send {formats}.")
+        raise Refusal(415, f"This is no image that is read here: send {formats}.")
     if reader is JpegImageFile:
         hide_in_jpeg(file)
     if reader is PngImageFile:
@@ -129,39 +134,6 @@ def to_rgb(image):
     return Image.merge("RGB", [band.convert("L") for band in blended])
 
 
-def decode(service):
-    """Take a photo from this socket, and answer with its pixels."""
-
-    def answer(**what):
-        service.sendall(json.dumps(what).encode() + b"\n")
-
-    def limit_memory(size):
-        resource.setrlimit(resource.RLIMIT_AS, [max(at_start + size, 0)] * 2)
-
-    at_start = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    service.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-    request, files, *_ = socket.recv_fds(service, 1024, 1)
-    if not request:  # the service has ended
-        return
-    try:
-        file = mmap.mmap(files[0], 0, access=mmap.ACCESS_COPY)
-        at_start += len(file)
-        limit_memory(json.loads(request)["memory"])
-        image = open_image(file)
-        answer(size=image.size)
-        request = json.loads(service.recv(1024))
-        limit_memory(request["memory"])
-        strips = rgb_strips(image, *request["region"])
-        first = next(strips)
-    except Exception as error:
-        answer(**refusal(error))
-        raise
-    answer()
-    service.sendall(first)
-    for strip in strips:
-        service.sendall(strip)
-
-
 def rgb_strips(image, left, top, right, bottom):
     """Yield a region's RGB bytes, some rows at a time."""
     for row in range(top, bottom, ROWS):
@@ -169,14 +141,62 @@ def rgb_strips(image, left, top, right, bottom):
         yield to_rgb(strip).tobytes()
 
 
+def within(region, width, height):
+    """Return a region's part that lies in the image, a pixel at least; None is all."""
+    left, top, right, bottom = region or (0, 0, width, height)
+    left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
+    right, bottom = max(min(right, width), left + 1), max(min(bottom, height), top + 1)
+    return left, top, right, bottom
+
+
+def decode(service):
+    """Take a photo from this socket, and answer with its pixels."""
+    at_start = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    service.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    request, files, *_ = socket.recv_fds(service, 1024, 1)
+    if not request:  # the service has ended
+        return
+    request = json.loads(request)
+    try:
+        file = mmap.mmap(files[0], 0, access=mmap.ACCESS_COPY)
+        limit_memory(at_start + len(file) + request["memory"])
+        image = open_image(file)
+        left, top, right, bottom = region = within(request["region"], *image.size)
+        width, height = right - left, bottom - top
+        border = 2 * request["border"]
+        if (width + border) * (height + border) > request["pixels"]:
+            raise Refusal(412, TOO_LARGE.format(width * height))
+        there = 3 * width * height  # bytes of the service
+        limit_memory(at_start + len(file) + request["memory"] - there)
+        strips = rgb_strips(image, *region)
+        first = next(strips)
+    except Exception as error:
+        service.sendall(line(refusal(error)))
+        raise
+    service.sendall(line({"size": image.size, "region": region}))
+    service.sendall(first)
+    for strip in strips:
+        service.sendall(strip)
+
+
+def limit_memory(size):
+    resource.setrlimit(resource.RLIMIT_AS, (max(size, 0), max(size, 0)))
+
+
+def line(answer):
+    return json.dumps(answer).encode() + b"\n"
+
+
 def refusal(error):
     """Return how to refuse a photo after this error, which its decoder has raised."""
+    if isinstance(error, Refusal):
+        status, reason = error.args
     # A library's refusal to go on without memory can look like a broken image.
-    if isinstance(error, MemoryError) or c_errno()[0] == errno.ENOMEM:
-        return {"status": 412, "reason": TOO_MUCH.format("memory")}
-    if isinstance(error, NotRead):
-        return {"status": 415, "reason": str(error)}
-    return {"status": 400, "reason": f"The image can't be decoded: {error}."}
+    elif isinstance(error, MemoryError) or c_errno()[0] == errno.ENOMEM:
+        status, reason = 412, TOO_MUCH.format("memory")
+    else:
+        status, reason = 400, f"The image can't be decoded: {error}."
+    return {"status": status, "reason": reason}
 
 
 def main(count, seconds):
@@ -208,11 +228,10 @@ def main(count, seconds):
         process, status = os.wait()
         with processes.pop(process) as service, suppress(OSError):
             if os.WIFSIGNALED(status):
-                refusal = refuse_killed(os.WTERMSIG(status))
-                service.sendall(json.dumps(refusal).encode() + b"\n")
+                service.sendall(line(refusal_of_killed(os.WTERMSIG(status))))
 
 
-def refuse_killed(by):
+def refusal_of_killed(by):
     """Return how to refuse the photo of a process that this signal has killed."""
     if by == signal.SIGXCPU:
         return {"status": 412, "reason": TOO_MUCH.format("time")}

@@ -4,52 +4,51 @@
 #
 #   install.sh       sets up what is missing, and starts it now and after every boot
 #   install.sh undo  stops it, and removes it from systemd
-#   install.sh units only writes the two units, into the folder UNITS
+#   install.sh units only writes the units, into the folder UNITS
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=$PWD
 units=${UNITS:-/etc/systemd/system}
 owner=$(stat -c %U .)
-user=$owner
-[ "$owner" != root ] || user=facerecognition
+[ "$owner" = root ] && user=facerecognition || user=$owner
 
+# The units, and beside each what is special here, as systemctl edit would write it.
 write_units() {
-    local host=${HOST:-}
-    [[ $host != *:* ]] || host="[$host]"
-    sed "s|^ListenStream=.*|ListenStream=${host:+$host:}${PORT:-5000}|" \
-        .deploy/facerecognition.socket > "$units/facerecognition.socket"
-    sed -e "s|/opt/facerecognition-external-model|$folder|" -e "s|^User=.*|User=$user|" \
-        -e "s|^Environment=FACE_MODEL=.*|Environment=FACE_MODEL=${FACE_MODEL:-1}|" \
-        .deploy/facerecognition.service > "$units/facerecognition.service"
+    local host=${HOST:+$HOST:}
+    [[ $host != *:*: ]] || host="[$HOST]:"
+    install -D -m 644 -t "$units" .deploy/facerecognition.{socket,service}
+    install -D -m 644 /dev/stdin "$units/facerecognition.socket.d/install.conf" <<- END
+		[Socket]
+		ListenStream=
+		ListenStream=$host${PORT:-5000}
+	END
+    install -D -m 644 /dev/stdin "$units/facerecognition.service.d/install.conf" <<- END
+		[Service]
+		User=$user
+		WorkingDirectory=${PWD//%/%%}
+		Environment=FACE_MODEL=${FACE_MODEL:-1}
+	END
 }
 
-if [ "${1:-}" = units ]; then
-    write_units
-    exit
-fi
-if [ "$(id -u)" != 0 ]; then
-    echo "Only root can do that: sudo make ..."
-    exit 1
-fi
+[ "${1:-}" != units ] || { write_units; exit; }
+[ "$(id -u)" = 0 ] || { echo "Only root can do that: sudo make ..."; exit 1; }
 if [ "${1:-}" = undo ]; then
-    systemctl disable --now facerecognition.service facerecognition.socket || true
-    rm -f "$units"/facerecognition.{service,socket}
+    systemctl disable --now facerecognition.{service,socket} || true
+    rm -rf "$units"/facerecognition.{service,socket}{,.d/install.conf}
     systemctl daemon-reload
     exit
 fi
 
 # As the owner, so that nothing here belongs to root that the owner can't change later.
-HOME=$(getent passwd "$owner" | cut -d: -f6) runuser -u "$owner" -- \
-    make --no-print-directory setup api.key
+HOME=$(getent passwd "$owner" | cut -d: -f6) runuser -u "$owner" -- make --no-print-directory setup api.key
 id "$user" > /dev/null 2>&1 || useradd --system --no-create-home "$user"
-if ! runuser -u "$user" -- test -x "$folder/.venv/bin/python"; then
+runuser -u "$user" -- test -x .venv/bin/python || {
     echo "The service's user, $user, can't read this folder: move it, to /opt for example"
     exit 1
-fi
+}
 [ -z "${API_KEY:-}" ] || printf '%s\n' "$API_KEY" > api.key
 chmod 600 api.key
 chown "$user" api.key
 write_units
 systemctl daemon-reload
-systemctl enable facerecognition.socket facerecognition.service
-systemctl restart facerecognition.socket facerecognition.service
+systemctl enable facerecognition.{socket,service}
+systemctl restart facerecognition.{socket,service}

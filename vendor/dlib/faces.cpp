@@ -1,9 +1,9 @@
 // The Python module: of dlib's own, what detects and describes faces, under the same names.
+#include "cpu.h"
 #include "face_detector.h"
 #include "faces.h"
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
-#include <malloc.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -45,8 +45,6 @@ namespace
         if (times_doubled != 0)
             throw error("This detector takes an image as it is: set upsample_num_times to 0.");
         const image img(array);
-        if (std::min(img.view().rows, img.view().columns) < 10)
-            return {}; // dlib's pyramid divides by zero
         return without_gil([&] { return detector(img.view()); });
     }
 
@@ -107,36 +105,13 @@ namespace
     {
         return py::str("rectangle({},{},{},{})").format(r.left(), r.top(), r.right(), r.bottom());
     }
-
-    const char* instruction_set()
-    {
-#if defined(__AVX512F__)
-        return "AVX-512";
-#elif defined(__AVX2__)
-        return "AVX2";
-#elif defined(__AVX__)
-        return "AVX";
-#elif defined(__aarch64__)
-        return "NEON";
-#else
-        return "no AVX";
-#endif
-    }
 }
 
 PYBIND11_MODULE(dlib, m)
 {
-#ifdef __GLIBC__
-    // What a small photo takes stays for the next one, and what a large one takes goes back to the system: more than
-    // 32 MB would break the limit that "make memory" checks.  By default, threads have a heap each, and keep up to 64
-    // MB of free memory in it, plus what lies between.
-    mallopt(M_ARENA_MAX, 1);
-    mallopt(M_MMAP_THRESHOLD, 4 << 20);
-    mallopt(M_TRIM_THRESHOLD, 32 << 20);
-#endif
     m.attr("__version__") = VERSION;
     m.attr("DLIB_USE_CUDA") = false;
-    m.attr("DLIB_FAST_FACES") = instruction_set();
+    m.attr("DLIB_FAST_FACES") = cpu().name;
 
     py::class_<point>(m, "point")
         .def(py::init<long, long>(), py::arg("x"), py::arg("y"))

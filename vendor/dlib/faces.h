@@ -30,21 +30,22 @@ namespace dlib
     };
 }
 
-// The detector that is part of dlib, by histograms of oriented gradients (HOG).
+// The detector that is part of dlib, by histograms of oriented gradients (HOG).  Several threads may use it at a time.
 class frontal_detector
 {
 public:
     frontal_detector();
 
-    // The faces of an image that is doubled in size so many times before.
+    // The faces of an image that is doubled in size so many times before: boxes in its pixels, the surest first.
     std::vector<dlib::rectangle> operator()(const rgb_view& img, int times_doubled) const;
 
 private:
     struct implementation;
-    std::shared_ptr<implementation> impl;
+    std::shared_ptr<const implementation> impl;
 };
 
-// The network that describes a face by 128 numbers.
+// The network that describes a face by 128 numbers, dlib's face_recognition_model_v1.  Several threads may use it at a
+// time.
 class face_describer
 {
 public:
@@ -52,12 +53,14 @@ public:
 
     explicit face_describer(const std::string& file);
 
-    // Each chip is of chip_size x chip_size pixels.
+    // The descriptors of faces, each cut out as chip_size x chip_size pixels.
     std::vector<std::vector<float>> operator()(const std::vector<rgb_view>& chips) const;
 
 private:
+    std::vector<float> describe(const rgb_view& chip, bool use_threads) const;
+
     struct implementation;
-    std::shared_ptr<implementation> impl;
+    std::shared_ptr<const implementation> impl;
 };
 
 #endif

@@ -1,97 +1,163 @@
+#include "buffer.h"
+#include "cpu.h"
 #include "faces.h"
+#include "planes.h"
+#include "resize.h"
+#include "threads.h"
+#include <array>
 #include <dlib/image_processing/frontal_face_detector.h>
-#include <dlib/threads.h>
-#include <mutex>
 
 using namespace dlib;
 
 namespace
 {
-    typedef std::vector<rect_detection> detections;
-    typedef std::pair<double, rectangle> box_type;
+    typedef std::vector<std::vector<rect_detection>> detections; // of each of the five detectors
 
-    // In the order of the scan, row by row.
-    bool stands_before(const box_type& a, const box_type& b)
+    // The rows of features that a thread scans at a time, few enough for its cache, and the fewest that it computes at
+    // a time, as it needs the pixels of three rows more for them.
+    const long rows_scanned = 32, fewest_rows = 16;
+
+    // There are rows and columns of zeros around the features, for windows that lie partly outside.
+    const long padding = hog_filter_size - 1, padding_before = padding / 2;
+
+    long aligned(const long floats)
     {
-        return std::make_pair(a.second.top(), a.second.left()) < std::make_pair(b.second.top(), b.second.left());
+        const long line = buffer<float>::alignment / sizeof(float);
+        return (floats + line - 1) / line * line;
+    }
+
+    // A level of the pyramid: its image, its features, and what is found in each band of them.
+    struct level
+    {
+        planes<unsigned char> image;
+        long rows, columns; // of the features, without the zeros around them
+        planes<float> features;
+        std::vector<detections> found;
+    };
+
+    level make_level(const planes<unsigned char>& image, buffer<float>& memory)
+    {
+        const auto inner_cells = [](const long pixels) { return std::max((pixels + hog_cell_size / 2) / hog_cell_size - 2, 0L); };
+        const long columns = inner_cells(image.columns), rows = columns > 0 ? inner_cells(image.rows) : 0;
+        planes<float> features(nullptr, hog_num_planes, rows + padding, aligned(columns + padding + hog_group_size));
+        // A row of all planes, then the next: so that a band of them lies in one place.
+        features.plane_step = features.columns;
+        features.row_step = features.num * features.columns;
+        features.data = memory.get(features.rows * features.row_step);
+        return {image, rows, columns, features, std::vector<detections>((rows + rows_scanned - 1) / rows_scanned)};
+    }
+
+    // Computes the features of some rows, and sets zeros around them.
+    void extract(const level& l, const long begin, const long end)
+    {
+        const hog_kernels& kernels = *cpu().hog;
+        const planes<float>& out = l.features;
+        const long first = begin == 0 ? 0 : begin + padding_before, last = end == l.rows ? out.rows : end + padding_before;
+        for (long r = first; r < last; ++r)
+            for (long k = 0; k < out.num; ++k)
+            {
+                const bool inside = padding_before <= r && r < l.rows + padding_before;
+                float* const row = out.row(k, r);
+                std::fill(row, row + (inside ? padding_before : out.columns), 0);
+                std::fill(row + padding_before + l.columns, row + out.columns, 0);
+            }
+        const std::unique_ptr<float[]> space(new float[kernels.features_space(l.image.columns)]);
+        kernels.features(out.row(0, padding_before) + padding_before, out.row_step, out.plane_step, l.image.data,
+            l.image.rows, l.image.columns, begin, end, space.get());
+    }
+
+    planes<unsigned char> planes_of(const rgb_view& photo, buffer<unsigned char>& memory)
+    {
+        const planes<unsigned char> image(memory.get(3 * photo.rows * photo.columns), 3, photo.rows, photo.columns);
+        for_each_task(image.rows, [&](const long r)
+        {
+            const rgb_pixel* const pixels = photo.pixels + r * photo.columns;
+            unsigned char *const red = image.row(0, r), *const green = image.row(1, r), *const blue = image.row(2, r);
+            for (long c = 0; c < photo.columns; ++c)
+            {
+                red[c] = pixels[c].red;
+                green[c] = pixels[c].green;
+                blue[c] = pixels[c].blue;
+            }
+        });
+        return image;
     }
 }
 
 struct frontal_detector::implementation
 {
-    const frontal_face_detector detector = get_frontal_face_detector();
-};
-
-frontal_detector::frontal_detector() : impl(std::make_shared<implementation>()) {}
-
-// As object_detector's operator() does, but a thread takes a level of the pyramid from its image to its detections,
-// so that neither the features nor the images of all levels are there at a time.
-std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const int times_doubled) const
-{
-    const pyramid_down<2> doubler;
-    array2d<rgb_pixel> image;
-    if (times_doubled > 0)
-        pyramid_up(photo, image, doubler);
-    else
-        assign_image(image, photo);
-    for (int i = 1; i < times_doubled; ++i)
-        pyramid_up(image, doubler);
-
-    const frontal_face_detector& detector = impl->detector;
-    const pyramid_down<6> pyramid;
-    std::mutex mutex; // for image and the two below
-    rectangle size = get_rect(image); // as dlib counts levels by it: images can be a pixel smaller
-    std::vector<std::vector<detections>> found; // at each level, by each of the five detectors
-    parallel_for(0, std::max(1ul, default_thread_pool().num_threads_in_pool()), [&](long)
+    // A window's score is the sum over all planes of features, and over all filters for a plane, of what lies in the
+    // window times the filter's row, times its column.
+    struct separable_filter
     {
-        scan_fhog_pyramid<pyramid_down<6>> scanner;
-        scanner.copy_configuration(detector.get_scanner());
-        scanner.set_max_pyramid_levels(1);
-        std::unique_lock<std::mutex> lock(mutex);
-        while (!size.is_empty())
-        {
-            array2d<rgb_pixel> own, smaller;
-            rectangle next = pyramid.rect_down(size);
-            if (next.width() < scanner.get_min_pyramid_layer_width() || next.height() < scanner.get_min_pyramid_layer_height())
-                next = rectangle();
-            else
-                pyramid(image, smaller);
-            const size_t level = found.size();
-            found.emplace_back(detector.num_detectors()); // or throws, and leaves all as it was for the other threads
-            own.swap(image);
-            image.swap(smaller);
-            size = next;
-            lock.unlock();
+        long plane;
+        size_t detector;
+        matrix<float, 0, 1> row, column;
+    };
 
-            scanner.load(own);
-            own.clear();
-            std::vector<detections> here(detector.num_detectors());
-            for (size_t i = 0; i < here.size(); ++i)
+    implementation()
+    {
+        for (long k = 0; k < hog_num_planes; ++k)
+            for (size_t d = 0; d < detector.num_detectors(); ++d)
             {
-                const auto& filters = detector.get_processed_w(i);
-                const double least = filters.w(scanner.get_num_dimensions());
-                std::vector<box_type> boxes;
-                scanner.detect(filters.get_detect_argument(), boxes, least);
-                std::sort(boxes.begin(), boxes.end(), stands_before);
-                for (const auto& box : boxes)
+                const auto& all = detector.get_processed_w(d).get_detect_argument();
+                for (size_t i = 0; i < all.row_filters[k].size(); ++i)
                 {
-                    here[i].emplace_back();
-                    here[i].back().detection_confidence = box.first - least;
-                    here[i].back().rect = pyramid.rect_up(box.second, level);
+                    filters.push_back({k, d, all.row_filters[k][i], all.col_filters[k][i]});
+                    DLIB_CASSERT(filters.back().row.size() == hog_filter_size && filters.back().column.size() == hog_filter_size);
                 }
             }
-            lock.lock();
-            found[level].swap(here);
-        }
-    });
+    }
 
-    // In dlib's steps, as std::sort() would else give equal scores another order.
-    detections all;
-    for (unsigned long i = 0; i < detector.num_detectors(); ++i)
+    void scan(level& l, size_t number, long band) const;
+    std::vector<rectangle> without_overlaps(const detections& found) const;
+
+    const frontal_face_detector detector = get_frontal_face_detector();
+    const pyramid_down<6> pyramid;
+    std::vector<separable_filter> filters;
+};
+
+// Finds what the detectors see in a band of the features, in the order of dlib's scan: row by row.
+void frontal_detector::implementation::scan(level& l, const size_t number, const long band) const
+{
+    const auto& scanner = detector.get_scanner();
+    const long begin = band * rows_scanned, rows = std::min(rows_scanned, l.rows - begin);
+    const long step = aligned(l.columns + hog_group_size), num_scores = detector.num_detectors() * rows * step;
+    buffer<float> memory;
+    float *const scores = memory.get(num_scores + (rows + padding) * step), *const space = scores + num_scores;
+    std::fill(scores, space, 0);
+    for (const auto& f : filters)
+        cpu().hog->filter(scores + f.detector * rows * step, step, l.features.row(f.plane, begin), l.features.row_step,
+            rows, l.columns, f.row.begin(), f.column.begin(), space);
+
+    const long width = scanner.get_fhog_window_width() - 2 * scanner.get_padding();
+    const long height = scanner.get_fhog_window_height() - 2 * scanner.get_padding();
+    detections found(detector.num_detectors());
+    const float* score = scores;
+    for (size_t d = 0; d < found.size(); ++d)
     {
-        detections own;
-        for (const auto& level : found)
-            own.insert(own.end(), level[i].begin(), level[i].end());
+        const double threshold = detector.get_processed_w(d).w(scanner.get_num_dimensions());
+        for (long r = 0; r < rows; ++r, score += step)
+            for (long c = 0; c < l.columns; ++c)
+                if (score[c] >= threshold)
+                {
+                    const point middle = point(c, begin + r) + point(hog_filter_size / 2, hog_filter_size / 2);
+                    const rectangle box = scanner.get_feature_extractor().feats_to_image(centered_rect(middle, width, height),
+                        hog_cell_size, hog_filter_size, hog_filter_size);
+                    found[d].emplace_back();
+                    found[d].back().detection_confidence = score[c] - threshold;
+                    found[d].back().rect = pyramid.rect_up(box, number);
+                }
+    }
+    l.found[band].swap(found);
+}
+
+// Sorts in dlib's steps, as std::sort() would else give equal scores another order.
+std::vector<rectangle> frontal_detector::implementation::without_overlaps(const detections& found) const
+{
+    std::vector<rect_detection> all;
+    for (auto own : found)
+    {
         std::sort(own.rbegin(), own.rend());
         all.insert(all.end(), own.begin(), own.end());
     }
@@ -101,6 +167,71 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
     for (const auto& face : all)
         if (std::none_of(boxes.begin(), boxes.end(), [&](const rectangle& box) { return overlaps(box, face.rect); }))
             boxes.push_back(face.rect);
+    return boxes;
+}
+
+frontal_detector::frontal_detector() : impl(std::make_shared<implementation>()) {}
+
+// As object_detector's operator() does, but in tasks of some rows.  While the features of a level are computed, the
+// scores of the level before and the image of the next are, too, so that threads seldom wait for each other.
+std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const int times_doubled) const
+{
+    buffer<unsigned char> image_memory[2];
+    planes<unsigned char> image = planes_of(photo, image_memory[0]);
+    int next = 1; // of the two
+    const auto new_image = [&](const long rows, const long columns)
+    {
+        const auto memory = image_memory[next].get(3 * rows * columns);
+        next = 1 - next;
+        return planes<unsigned char>(memory, 3, rows, columns);
+    };
+
+    const pyramid_down<2> doubler;
+    for (int i = 0; i < times_doubled; ++i)
+    {
+        const rectangle size = doubler.rect_up(rectangle(image.columns, image.rows));
+        const planes<unsigned char> doubled = new_image(size.bottom() + 1, size.right() + 1);
+        const resizing<unsigned char> resize(doubled, image);
+        for_each_task(resize.num, [&](const long i) { resize.run(i); });
+        image = doubled;
+    }
+
+    // Two levels' images and features are in use at a time, and take turns with the memory of the first two.
+    buffer<float> features_memory[2];
+    std::vector<level> levels;
+    const auto& scanner = impl->detector.get_scanner();
+    rectangle size(image.columns, image.rows); // dlib counts levels by it, though images can be a pixel smaller
+    do
+    {
+        levels.push_back(make_level(image, features_memory[levels.size() % 2]));
+        size = impl->pyramid.rect_down(size);
+        image = new_image(5 * image.rows / 6, 5 * image.columns / 6);
+    } while (size.width() >= scanner.get_min_pyramid_layer_width() && size.height() >= scanner.get_min_pyramid_layer_height());
+
+    for (size_t i = 0; i <= levels.size(); ++i)
+    {
+        const long rows = i < levels.size() ? levels[i].rows : 0;
+        const long num_extracted = std::min((rows + fewest_rows - 1) / fewest_rows, 2 * num_threads());
+        const long num_scanned = i > 0 ? levels[i - 1].found.size() : 0;
+        const planes<unsigned char> none(nullptr, 3, 0, 0);
+        const resizing<unsigned char> resize(i + 1 < levels.size() ? levels[i + 1].image : none, i < levels.size() ? levels[i].image : none);
+        for_each_task(num_extracted + num_scanned + resize.num, [&](const long task)
+        {
+            if (task < num_extracted)
+                extract(levels[i], task * rows / num_extracted, (task + 1) * rows / num_extracted);
+            else if (task < num_extracted + num_scanned)
+                impl->scan(levels[i - 1], i - 1, task - num_extracted);
+            else
+                resize.run(task - num_extracted - num_scanned);
+        });
+    }
+
+    detections found(impl->detector.num_detectors());
+    for (const auto& level : levels)
+        for (const auto& band : level.found)
+            for (size_t d = 0; d < found.size(); ++d)
+                found[d].insert(found[d].end(), band[d].begin(), band[d].end());
+    std::vector<rectangle> boxes = impl->without_overlaps(found);
     for (auto& box : boxes)
         box = doubler.rect_down(box, times_doubled);
     return boxes;

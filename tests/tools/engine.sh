@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# make engine: compares our engine with what it shall compute (engine.cpp), on each level of CPU that can be run here:
+# by GCC and by Clang, for aarch64 in emulation, and under AddressSanitizer.  Needs .venv and tests/photos.
+set -eu
+case ${1:-} in -*) sed -n "2,/^set/s/^# \\?//p" "$0"; exit ;; esac
+cd "$(dirname "$0")/../.."
+source=$(vendor/dlib/build.sh source)
+out=vendor/build/engine
+mkdir -p "$out"
+.venv/bin/python - "$out" << END
+import sys; from pathlib import Path; from PIL import Image
+for file in Path("tests/photos").glob("[abo]*.[jp]*g"):
+    Image.open(file).convert("RGB").reduce(2).save(f"{sys.argv[1]}/{file.stem}.bmp")
+END
+
+# compile COMPILER LEVEL FLAG...: a level's kernels, which must define nothing that others could, too.
+compile_level() {
+    local compiler=$1 level=$2 kernels
+    shift 2
+    for kernels in convolution hog resize; do
+        "$compiler" -std=c++14 -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -O3 -fno-math-errno -fno-trapping-math \
+            -ffp-contract=$([ $kernels = convolution ] && echo fast || echo off) -DLEVEL="$level" "$@" \
+            -c vendor/dlib/${kernels}_kernels.cpp -o "$out/${kernels}_$level.o"
+        [ "$(nm -g --defined-only "$out/${kernels}_$level.o" | grep -vc asan)" = 1 ] ||
+            { echo "${kernels}_kernels.cpp defines more than its table"; exit 1; }
+    done
+}
+
+# compare COMPILER EMULATOR FLAG...
+compare() {
+    local compiler=$1 emulator=$2 file level
+    shift 2
+    for file in "$compiler" $emulator; do
+        command -v "$file" > /dev/null || { echo "Not run: $file is not installed"; return; }
+    done
+    echo "$compiler $*"
+    rm -f "$out"/*.o
+    if [ -n "$emulator" ] || [ "$(uname -m)" != x86_64 ]; then
+        compile_level "$compiler" any "$@"
+    else
+        compile_level "$compiler" sse2 "$@"
+        compile_level "$compiler" avx2 -mavx2 -mfma "$@"
+        compile_level "$compiler" avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl "$@"
+    fi
+    "$compiler" -std=c++14 -O2 -ffp-contract=off -DDLIB_NO_GUI_SUPPORT -isystem "$source" -Ivendor/dlib -pthread \
+        ${emulator:+-static} "$@" -o "$out/engine" "$out"/*.o tests/tools/engine.cpp \
+        vendor/dlib/{convolution,cpu,dlib,frontal_detector,resize,threads}.cpp
+    for level in $(FACES_CPU='?' $emulator "$out/engine" 2>&1 | sed -n 's/,//g; s/.*can take \(.*\)\./\1/p'); do
+        FACES_CPU=$level $emulator "$out/engine" "$out"/*.bmp
+    done
+}
+
+compare g++ ""
+compare g++ "" -g -fsanitize=address,undefined -fno-sanitize=alignment
+compare clang++ ""
+if [ "$(uname -m)" = x86_64 ]; then
+    compare aarch64-linux-gnu-g++ qemu-aarch64-static
+fi
