@@ -214,8 +214,8 @@ class Decoder:
     """
 
     def __init__(self, count):
-        self.command = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
-        self.command += [str(count), str(DECODING_SECONDS)]
+        self.program = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
+        self.program += [str(count), str(DECODING_SECONDS)]
         self.lock = Lock()
         self._start()
 
@@ -232,7 +232,7 @@ class Decoder:
                 socket.send_fds(process, [request], [file.fileno()])
                 with process.makefile("rb") as answers:
                     return self._read(answers)
-        raise OSError("photos can't be decoded")
+        raise OSError("the decoder was killed twice")
 
     def _read(self, answers):
         if not (line := answers.readline()):
@@ -249,18 +249,19 @@ class Decoder:
     def _waiting(self):
         """Return the socket of a process that waits for a photo."""
         with self.lock:
-            while True:
+            for _ in range(2):
                 _, sockets, *_ = socket.recv_fds(self.control, 1, 1)
                 if sockets:
                     return socket.socket(fileno=sockets[0])
                 self.main.wait()  # it was killed
                 self._start()
+        raise OSError("photos can't be decoded: the log says why")
 
     def _start(self):
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        alone = {"env": {}, "start_new_session": True}  # Ctrl-C is not for it
+        alone = {"env": {}, "start_new_session": True}  # a Ctrl-C does not reach it
         with theirs:
-            self.main = subprocess.Popen(self.command, stdin=theirs, **alone)
+            self.main = subprocess.Popen(self.program, stdin=theirs, **alone)
 
 
 # ---------------------------------------------------------------------------- analysis
@@ -311,7 +312,7 @@ class FaceAnalyser:
     def _request(self, box):
         """Return what to request of the decoder: as much as there is memory for."""
         if box:
-            region, border, per_pixel = surroundings(box), 0, 8
+            region, border, per_pixel = surroundings(box), 0, 4  # 3 and what dlib takes
         else:
             region, border, per_pixel = None, 11, MEMORY_PER_PIXEL  # the CNN's border
         pixels = self.most // per_pixel
@@ -443,8 +444,10 @@ def refuse(error):
     if isinstance(error, HTTPException):
         answer, reason = error.get_response(), error.description
     elif isinstance(error, (MemoryError, OSError)):
-        answer, reason = Response(status=507), getattr(error, "strerror", None) or error
-        reason = f"Add memory, disk or open files: {str(reason) or 'none left'}"
+        answer, reason = Response(status=507), getattr(error, "strerror", None)
+        reason = (
+            f"Add memory, disk or open files: {reason or str(error) or 'none left'}"
+        )
     else:
         answer, reason = Response(status=500), "The service failed: its log says why."
         log.exception("Internal error")

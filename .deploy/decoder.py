@@ -2,9 +2,9 @@
 
     decoder.py COUNT SECONDS
 
-It keeps COUNT processes waiting, which may take so many seconds of processor time.  It
-sends the service a socket of each over standard input, which is a socket, too.  A process
-takes one photo: the descriptor of its file, with
+It keeps COUNT processes waiting, each with so many seconds of processor time, and sends
+the service a socket of each over standard input, which is a socket, too.  A process takes
+one photo: the descriptor of its file, with
 
     {"region": [left, top, right, bottom] or null for all, "memory": bytes to decode in,
      "pixels": how many the region may have, with a "border" of so many on each side}

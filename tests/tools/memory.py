@@ -1,64 +1,98 @@
-"""make memory: the peak memory of a photo, for each model, over the process at rest.
+"""make memory: what a running service takes, at rest and for photos, by HTTP.
 
-It may be 64 MB and 64 bytes a pixel, in a fresh process and after 100 photos of mixed
-sizes.  The module counts on that: MEMORY_PER_PHOTO (with a model set) and MEMORY_PER_PIXEL.
+It may take MEMORY_AT_REST, and 30 MB more for each further photo at once; and for each photo
+64 MB and MEMORY_PER_PIXEL over that, however many faces it has.  (The module counts on
+MEMORY_PER_PHOTO instead of 64 MB, as the model set of the first photo is not there at rest.)
+All processes of the service count; what they share counts once at rest.
 """
 
-import io
-import subprocess
+import itertools
 import sys
 import tempfile
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
-from shared import encoded, forget_peak, group, memory, module, peak_memory, scaled
+from PIL import Image
+from shared import children, encoded, module, picture, started, threads
 
-SIZES = ["8.29", "4.32", "1", "0.31"]  # megapixels
-MIXED = [f"{0.04 * 200 ** (i * 37 % 100 / 100):.3f}" for i in range(100)]
-
-
-def measure(model, folder, sizes, others):
-    """Print a line of the table for each of the sizes, which come after others."""
-    files = module.check_model_files(model)
-    settings = {"FACE_MODEL": model, "MODEL_FILES": files}
-    pool, own = ThreadPoolExecutor(1), threading.local()
-    pool.submit(module.own_models, own, settings).result()
-
-    def analyse(size):
-        image = module.open_photo(io.BytesIO((folder / size).read_bytes()))
-        region = (0, 0, *image.size)
-        pool.submit(module.analyse, own, settings, image, region, None, 0).result()
-
-    rest = memory("self", "VmRSS")
-    for size in others:
-        analyse(size)
-    for size in sizes:
-        forget_peak("self")
-        analyse(size)
-        peak = peak_memory("self") - rest
-        limit = 64 + 64 * float(size) * 1e6 / (1 << 20)
-        figures = f"{rest:.0f} | {peak:.0f} | {limit:.0f}"
-        held = "yes" if peak <= limit else "NO"
-        print(f"{model} | {size} | {len(others)} | {figures} | {held}", flush=True)
+PHOTOS = [(0.31, 0), (0.31, 9), (0.31, 45), (1, 9), (1, 150), (4.32, 9), (8.29, 600)]
+PAGE = 4096
 
 
-def main():
-    print("Model | megapixels | after | at rest, MB | peak over it | limit | held")
-    print("---|---|---|---|---|---|---", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES + MIXED:
-            Path(folder, size).write_bytes(encoded(scaled(group(), float(size))))
-        for model in "1234":
-            for sizes in (*zip(SIZES), SIZES):
-                command = [sys.executable, __file__, folder, model, *sizes]
-                subprocess.run(command, check=True)
+def mosaic(megapixels, faces):
+    """Return a photo of so many megapixels with about so many faces, as JPEG."""
+    width, height = (round((megapixels * 1e6 * part) ** 0.5) for part in (4 / 3, 3 / 4))
+    photo = Image.new("RGB", (width, height), "grey")
+    side = round((width * height / max(faces, 1)) ** 0.5)
+    face = picture().crop((255, 30, 735, 510)).resize((side, side))
+    for i in range(faces):
+        column, row = i % (width // side), i // (width // side)
+        photo.paste(face, (column * side, row * side))
+    return encoded(photo)
+
+
+def processes(pid):
+    """Return the ids of a process and all that come from it."""
+    return [pid] + [one for child in children(pid) for one in processes(child)]
+
+
+def at_rest(pid):
+    """Return the bytes that the service takes; those of a file are shared by all."""
+    files = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in processes(pid)]
+    return sum(int(f.split("\nPss:")[1].split()[0]) << 10 for f in files)
+
+
+def private(pid):
+    """Return the bytes of all processes that are of no file."""
+    total = 0
+    for one in processes(pid):
+        try:
+            _, resident, shared, *_ = Path(f"/proc/{one}/statm").read_text().split()
+            total += (int(resident) - int(shared)) * PAGE
+        except (OSError, ValueError):  # it has just ended
+            pass
+    return total
+
+
+def measure(service, photo, count):
+    """Return how many bytes so many photos at once take over what is there at rest."""
+    pid, before, peak = service.process.pid, private(service.process.pid), [0]
+
+    def watch(stopped):
+        while not stopped.wait(0.003):
+            peak[0] = max(peak[0], private(pid) - before)
+
+    with threads(watch), ThreadPoolExecutor(count) as clients:
+        answers = list(clients.map(service.detect, [photo] * count * 2))
+    assert all(status == 200 for status, _ in answers), answers
+    return peak[0], answers[0][1]["faces-count"]
+
+
+def main(models, counts):
+    print(
+        "model | at once | megapixels | faces | MB at rest | limit | peak over it | limit"
+    )
+    print("---|---|---|---|---|---|---|---", flush=True)
+    for model, count in itertools.product(models, counts):
+        settings = {"FACE_MODEL": model, "PHOTOS_AT_ONCE": count}
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            service = stack.enter_context(started(folder, **settings))
+            measure(service, mosaic(0.31, 9), count * 4)  # loads all model sets
+            for megapixels, faces in PHOTOS:
+                peak, found = measure(service, mosaic(megapixels, faces), count)
+                time.sleep(0.5)
+                rest = at_rest(service.process.pid)
+                rest_limit = module.MEMORY_AT_REST + (count - 1) * (30 << 20)
+                limit = (64 << 20) + module.MEMORY_PER_PIXEL * megapixels * 1e6
+                row = [model, count, megapixels, found]
+                for size, most in (rest, rest_limit), (peak, count * limit):
+                    row += [f"{size / 2**20:.0f}", f"{most / 2**20:.0f}"]
+                    row[-1] += "" if size <= most else " EXCEEDED"
+                print(*row, sep=" | ", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        folder, model, *sizes = sys.argv[1:]
-        others = MIXED if len(sizes) > 1 else []
-        measure(int(model), Path(folder), sizes, others)
+    main(sys.argv[1:] or "1234", (1, 2, 4))
