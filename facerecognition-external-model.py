@@ -43,12 +43,8 @@ log = logging.getLogger("facerecognition")
 
 # What a small photo takes stays for the next one, and what a large one takes goes back to
 # the system.  By default glibc keeps up to 64 MB for each thread, and what lies between.
-if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # not in musl
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = (
-        -1,
-        -3,
-        -8,
-    )  # as in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # as in glibc's malloc.h
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
     mallopt(M_ARENA_MAX, 1)
     mallopt(M_MMAP_THRESHOLD, 4 << 20)
     mallopt(M_TRIM_THRESHOLD, 32 << 20)
@@ -202,7 +198,6 @@ def describe_faces(models, pixels, boxes):
 
 
 # ------------------------------------------------------------------------------ images
-
 
 DECODING_SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
 
