@@ -4,7 +4,6 @@
 #include "planes.h"
 #include "resize.h"
 #include "threads.h"
-#include <array>
 #include <dlib/image_processing/frontal_face_detector.h>
 
 using namespace dlib;
@@ -14,7 +13,7 @@ namespace
     typedef std::vector<std::vector<rect_detection>> detections; // of each of the five detectors
 
     // A thread scans so many rows of features at a time, few enough for its processor's second cache, and computes at
-    // least so many at a time, as that takes the pixels of three rows more.
+    // least so many at a time, as that takes the pixels of three rows of cells more.
     const long rows_scanned = 32, fewest_rows = 16;
 
     // There are rows and columns of zeros around the features, for windows that lie partly outside.
@@ -37,7 +36,10 @@ namespace
 
     level make_level(const planes<unsigned char>& image, buffer<float>& memory)
     {
-        const auto inner_cells = [](const long pixels) { return std::max((pixels + hog_cell_size / 2) / hog_cell_size - 2, 0L); };
+        const auto inner_cells = [](const long pixels)
+        {
+            return std::max((pixels + hog_cell_size / 2) / hog_cell_size - 2, 0L);
+        };
         const long columns = inner_cells(image.columns), rows = columns > 0 ? inner_cells(image.rows) : 0;
         planes<float> features(nullptr, hog_num_planes, rows + padding, aligned(columns + padding + hog_group_size));
         // A row of all planes, then the next: so that a band of them lies in one place.
@@ -52,7 +54,8 @@ namespace
     {
         const hog_kernels& kernels = *cpu().hog;
         const planes<float>& out = l.features;
-        const long first = begin == 0 ? 0 : begin + padding_before, last = end == l.rows ? out.rows : end + padding_before;
+        const long first = begin == 0 ? 0 : begin + padding_before;
+        const long last = end == l.rows ? out.rows : end + padding_before;
         for (long r = first; r < last; ++r)
             for (long k = 0; k < out.num; ++k)
             {
@@ -104,7 +107,8 @@ struct frontal_detector::implementation
                 for (size_t i = 0; i < all.row_filters[k].size(); ++i)
                 {
                     filters.push_back({k, d, all.row_filters[k][i], all.col_filters[k][i]});
-                    DLIB_CASSERT(filters.back().row.size() == hog_filter_size && filters.back().column.size() == hog_filter_size);
+                    DLIB_CASSERT(filters.back().row.size() == hog_filter_size);
+                    DLIB_CASSERT(filters.back().column.size() == hog_filter_size);
                 }
             }
     }
@@ -142,8 +146,8 @@ void frontal_detector::implementation::scan(level& l, const size_t number, const
                 if (score[c] >= threshold)
                 {
                     const point middle = point(c, begin + r) + point(hog_filter_size / 2, hog_filter_size / 2);
-                    const rectangle box = scanner.get_feature_extractor().feats_to_image(centered_rect(middle, width, height),
-                        hog_cell_size, hog_filter_size, hog_filter_size);
+                    const rectangle box = scanner.get_feature_extractor().feats_to_image(
+                        centered_rect(middle, width, height), hog_cell_size, hog_filter_size, hog_filter_size);
                     found[d].emplace_back();
                     found[d].back().detection_confidence = score[c] - threshold;
                     found[d].back().rect = pyramid.rect_up(box, number);
@@ -206,7 +210,8 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
         levels.push_back(make_level(image, features_memory[levels.size() % 2]));
         size = impl->pyramid.rect_down(size);
         image = new_image(5 * image.rows / 6, 5 * image.columns / 6);
-    } while (size.width() >= scanner.get_min_pyramid_layer_width() && size.height() >= scanner.get_min_pyramid_layer_height());
+    } while (size.width() >= scanner.get_min_pyramid_layer_width()
+        && size.height() >= scanner.get_min_pyramid_layer_height());
 
     for (size_t i = 0; i <= levels.size(); ++i)
     {
@@ -214,7 +219,8 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
         const long num_extracted = std::min((rows + fewest_rows - 1) / fewest_rows, 2 * num_threads());
         const long num_scanned = i > 0 ? levels[i - 1].found.size() : 0;
         const planes<unsigned char> none(nullptr, 3, 0, 0);
-        const resizing<unsigned char> resize(i + 1 < levels.size() ? levels[i + 1].image : none, i < levels.size() ? levels[i].image : none);
+        const resizing<unsigned char> resize(i + 1 < levels.size() ? levels[i + 1].image : none,
+            i < levels.size() ? levels[i].image : none);
         for_each_task(num_extracted + num_scanned + resize.num, [&](const long task)
         {
             if (task < num_extracted)

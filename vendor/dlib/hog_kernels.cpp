@@ -45,8 +45,8 @@ namespace
 
     long features_space(const long columns) { return layout(columns).size(); }
 
-    // Of so many neighboring pixels, the length of the gradient, the shares of the cells on the left and on the right of
-    // it, and the place in the row's pairs of the left one's bin for its orientation.
+    // Of so many neighboring pixels, the length of the gradient, the shares of the cells on the left and on the right
+    // of it, and the place in the row's pairs of the left one's bin for its orientation.
     const long num_votes = 256;
     struct votes
     {
@@ -59,8 +59,8 @@ namespace
     void find_votes(votes& __restrict v, const float* const above, const float* const row, const float* const below,
         const long step, const int begin, const int end)
     {
-        // dlib takes the longest of 18 projections.  Seen from these, it is that between whose neighbors the gradient is:
-        // for each pair of values that a gradient of bytes can have.
+        // dlib takes the longest of a gradient's projections on 18 directions.  Tangents between the directions, from
+        // dlib's rounded cosines and sines, give the same for each of the 511 x 511 gradients of bytes.
         const float tangents[] = {0.0603f / 0.3420f, 0.1737f / 0.3008f, 0.2660f / 0.2232f, 0.3264f / 0.1188f};
         #pragma GCC ivdep
         for (int i = 0; i < end - begin; ++i)
@@ -83,7 +83,8 @@ namespace
             const int steep = (height > width * tangents[0]) + (height > width * tangents[1])
                 + (height > width * tangents[2]) + (height > width * tangents[3]);
             const float sign = steep == 0 ? dx : dy;
-            const int orientation = ((steep != 0) & (dx * dy < 0) ? 9 - steep : steep) + (sign < 0 ? 9 : 0);
+            const bool mirrored = (steep != 0) & (dx * dy < 0);
+            const int orientation = (mirrored ? 9 - steep : steep) + (sign < 0 ? 9 : 0);
             v.bins[i] = 2 * (((x + (int)half_cell) >> 3) * num_orientations + orientation);
 
             const float right = (((x + (int)half_cell) & 7) + 0.5f) / cell, length = __builtin_sqrtf(squared);
@@ -149,9 +150,9 @@ namespace
     }
 
     // A row of features from its cells' bins, each limited by the four blocks of which it is a part.
-    void make_features(float* __restrict const out, const long plane_step, const float* const cells, const long cell_step,
-        const float* const limits_above, const float* const scales_above, const float* const limits_below,
-        const float* const scales_below, const long num)
+    void make_features(float* __restrict const out, const long plane_step, const float* const cells,
+        const long cell_step, const float* const limits_above, const float* const scales_above,
+        const float* const limits_below, const float* const scales_below, const long num)
     {
         #pragma GCC ivdep
         for (long x = 0; x < num; ++x)
@@ -204,7 +205,7 @@ namespace
         for (long i = 0; i < 2 * num_orientations * in.cell_step; ++i)
             pairs[i] = 0;
 
-        // The pixels that count, within the image's border and its last whole cell, and those that dlib takes in groups.
+        // The pixels that count, within the image's border and its last cell, and those that dlib takes in groups.
         const long last_row = min(rows, (rows + half_cell) / cell * cell) - 1;
         const long last_column = min(columns, in.num_cells * cell) - 1;
         const long last_grouped = 1 + (last_column - 1) / hog_group_size * hog_group_size;
@@ -297,7 +298,8 @@ namespace
         slide<lanes, true, num_rows, add>(out, out_step, in, in_step, step, filter, rows, 0, in_lanes);
         slide<fewer, true, num_rows, add>(out, out_step, in, in_step, step, filter, rows, in_lanes, grouped);
         if (grouped < columns)
-            slide<fewer, false, num_rows, add>(out, out_step, in, in_step, step, filter, rows, grouped, grouped + group);
+            slide<fewer, false, num_rows, add>(out, out_step, in, in_step, step, filter, rows, grouped,
+                grouped + group);
     }
 
     void filter(float* const scores, const long step, const float* const in, const long in_step, const long rows,
@@ -306,7 +308,8 @@ namespace
         const long even = rows / 2 * 2;
         slide_over<1, false>(space, step, in, in_step, 1, row_filter, rows + hog_filter_size - 1, columns);
         slide_over<2, true>(scores, step, space, step, step, column_filter, even, columns);
-        slide_over<1, true>(scores + even * step, step, space + even * step, step, step, column_filter, rows - even, columns);
+        slide_over<1, true>(scores + even * step, step, space + even * step, step, step, column_filter, rows - even,
+            columns);
     }
 }
 

@@ -12,7 +12,7 @@ namespace
 template <typename T>
 resizing<T>::resizing(const planes<T>& to_, const planes<T>& from_) : to(to_), from(from_)
 {
-    // About as many pixels as are worth a thread's while, but not more than ....
+    // So many pixels are worth a thread's while.
     rows_per_task = std::max(1L, (1 << 15) / std::max(1L, to.columns));
     if (from.rows * from.columns > 0 && to.columns > 0)
         num = (to.rows + rows_per_task - 1) / rows_per_task;

@@ -151,11 +151,14 @@ namespace
                 for (long k = 0; k < shape.num_planes; ++k)
                 {
                     const unsigned char* const plane = in + k * shape.in_plane_step + first;
-                    const floats pixels = up * left * pick(plane + above, lefts) + up * right * pick(plane + above, rights)
-                        + down * left * pick(plane + below, lefts) + down * right * pick(plane + below, rights);
+                    const floats pixels = up * left * pick(plane + above, lefts)
+                        + up * right * pick(plane + above, rights) + down * left * pick(plane + below, lefts)
+                        + down * right * pick(plane + below, rights);
                     const chars low_bytes = {0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 8, 12};
-                    const ints bytes = (ints)__builtin_ia32_pshufb256((chars)__builtin_convertvector(pixels, ints), low_bytes);
-                    unaligned_int* const to = (unaligned_int*)(out + k * shape.out_plane_step + r * shape.out_row_step + c);
+                    const chars whole = (chars)__builtin_convertvector(pixels, ints);
+                    const ints bytes = (ints)__builtin_ia32_pshufb256(whole, low_bytes);
+                    unsigned char* const row = out + k * shape.out_plane_step + r * shape.out_row_step;
+                    unaligned_int* const to = (unaligned_int*)(row + c);
                     to[0] = bytes[0];
                     to[1] = bytes[4];
                 }

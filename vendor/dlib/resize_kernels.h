@@ -11,8 +11,8 @@ struct resize_shape
     long in_rows, in_columns, in_row_step, in_plane_step;
     long out_rows, out_columns, out_row_step, out_plane_step;
 
-    // The first num columns of the output lie between the input's column lefts[c] and the one on its right, fractions[c]
-    // of the way.  The others are computed in double precision.
+    // The first num columns of the output lie between the input's column lefts[c] and the one on its right,
+    // fractions[c] of the way.  The others are computed in double precision.
     long num;
     const int* lefts;
     const float* fractions;
