@@ -28,12 +28,16 @@ from tempfile import TemporaryFile
 from threading import Lock
 from types import SimpleNamespace
 
-import dlib
 import numpy as np
 from flask import Blueprint, Flask, Request, Response, abort, current_app, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from vendor.models import paths, training
+
+try:
+    import dlib
+except ImportError as error:  # it can be FACES_CPU that is wrong
+    sys.exit(f"dlib can't be loaded: {error}")
 
 __version__ = "1.0.0"
 HERE = Path(__file__).resolve().parent
@@ -42,7 +46,7 @@ DLIB = f"{dlib.__version__}, {OUR_ENGINE or 'stock and slow'}"
 log = logging.getLogger("facerecognition")
 
 # What a small photo takes stays for the next one, and what a large one takes goes back to
-# the system.  By default glibc keeps up to 64 MB for each thread, and what lies between.
+# the system.  By default glibc keeps up to 64 MB for each thread, and what is free below a used block.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # as in glibc's malloc.h
 if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
     mallopt(M_ARENA_MAX, 1)
@@ -123,12 +127,15 @@ def _memory():
 
 SAME_FACE = 0.35  # overlap, from which on a box of HOG is of the same face
 UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
-BATCH = 16  # faces are described at once, so that their number takes no more memory
-# What running does not change is shared by all model sets; it changes stock dlib's network.
+BATCH = 16  # faces described together: many faces take no more memory than that
+# Model sets share what running does not change.  It changes more of stock dlib.
 load_landmarks = cache(dlib.shape_predictor)
-load_descriptor = dlib.face_recognition_model_v1
+load_hog, load_descriptor = (
+    dlib.get_frontal_face_detector,
+    dlib.face_recognition_model_v1,
+)
 if OUR_ENGINE:
-    load_descriptor = cache(load_descriptor)
+    load_hog, load_descriptor = cache(load_hog), cache(load_descriptor)
 
 
 def check_model_files(model):
@@ -148,7 +155,7 @@ def load_model_set(settings):
     try:
         return SimpleNamespace(
             cnn=dlib.cnn_face_detection_model_v1(*cnn) if cnn else None,
-            hog=dlib.get_frontal_face_detector() if model in (3, 4) else None,
+            hog=load_hog() if model in (3, 4) else None,
             landmarks=load_landmarks(landmarks),
             descriptor=load_descriptor(describer),
         )
@@ -211,7 +218,7 @@ class Decoder:
     def __init__(self, count):
         self.program = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
         self.program += [str(count), str(DECODING_SECONDS)]
-        self.lock = Lock()
+        self.count, self.lock = count, Lock()
         self._start()
 
     def decode(self, file, **request):
@@ -222,12 +229,12 @@ class Decoder:
         can't be decoded so.
         """
         request = json.dumps(request).encode()
-        for _ in range(2):  # again if all the processes were just killed
+        for _ in range(self.count + 1):  # all that wait may just have been killed
             with self._waiting() as process, suppress(ConnectionError):
                 socket.send_fds(process, [request], [file.fileno()])
                 with process.makefile("rb") as answers:
                     return self._read(answers)
-        raise OSError("the decoder was killed twice")
+        raise OSError("the decoders were killed again and again")
 
     def _read(self, answers):
         if not (line := answers.readline()):
@@ -238,7 +245,7 @@ class Decoder:
         left, top, right, bottom = answer["region"]
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)
         if answers.readinto(pixels) < pixels.nbytes:
-            raise ConnectionError
+            abort(412, "The photo takes too much memory to decode: scale it down.")
         return pixels, (left, top), answer["size"]
 
     def _waiting(self):
@@ -250,7 +257,7 @@ class Decoder:
                     return socket.socket(fileno=sockets[0])
                 self.main.wait()  # it was killed
                 self._start()
-        raise OSError("photos can't be decoded: the log says why")
+        raise RuntimeError("the decoder does not start")
 
     def _start(self):
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
@@ -317,7 +324,10 @@ class FaceAnalyser:
     @contextmanager
     def _model_set(self):
         """Lend a model set, which its user alone may run: running it changes it."""
-        models = self.idle.pop() if self.idle else load_model_set(self.settings)
+        try:
+            models = self.idle.pop()
+        except IndexError:
+            models = load_model_set(self.settings)
         yield models
         self.idle.append(models)  # unless its run failed: then it could be broken
 
@@ -337,7 +347,7 @@ def surroundings(box):
 
 service = Blueprint("service", __name__)
 MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
-MOST_NESTED = 500  # objects and lists in a face: the same with every version of Python
+MOST_OBJECTS = 500  # and lists in a face: how deep they nest would depend on Python
 NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face"
 
 
@@ -362,6 +372,7 @@ def check_request():
     most = MOST_BYTES.get(request.path, sys.maxsize)
     if (request.content_length or 0) > most:
         abort(413, f"The request has more than {most} bytes: send a smaller file.")
+    request.max_content_length = most  # of one that does not say its length
 
 
 @service.get("/welcome")
@@ -421,10 +432,11 @@ def _posted_file():
 def _posted_face():
     """Return the object in the form's field ``face``, and its box, a ``dlib.rectangle``."""
     text = request.form.get("face", "")
-    if text.count("{") + text.count("[") > MOST_NESTED:
-        abort(400, f"{NO_FACE}, with no more than {MOST_NESTED} objects and lists.")
+    if text.count("{") + text.count("[") > MOST_OBJECTS:
+        abort(400, f"{NO_FACE}, with no more than {MOST_OBJECTS} objects and lists.")
     try:
-        face = json.loads(text, parse_constant=int)  # which refuses NaN and Infinity
+        face = json.loads(text)
+        json.dumps(face, allow_nan=False)  # nor infinite, such as 1e999
         sides = [round(face[side]) for side in ("left", "top", "right", "bottom")]
         if max(map(abs, sides)) > 1 << 20 or dlib.rectangle(*sides).is_empty():
             raise ValueError("no pixel")

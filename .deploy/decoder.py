@@ -29,7 +29,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, ImageFile, ImageMath
+from PIL import Image, ImageFile, ImageMath, JpegImagePlugin
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -43,33 +43,16 @@ SCALE = "scale it down, or lower PHOTOS_AT_ONCE"
 TOO_MUCH = f"The photo takes more {{}} to decode than one may here: {SCALE}."
 TOO_LARGE = f"{{}} pixels take more memory than a photo may here: {SCALE}."
 Image.MAX_IMAGE_PIXELS = None
+# Pillow refuses damaged segments on which no pixel depends.  What libjpeg needs of the
+# application's, it reads itself.
+for marker in (*range(0xFFE0, 0xFFF0), 0xFFFE):  # APP0 to APP15, COM
+    JpegImagePlugin.MARKER[marker] = ("", "", JpegImagePlugin.Skip)
 c_errno = ctypes.CDLL(None).__errno_location
 c_errno.restype = ctypes.POINTER(ctypes.c_int)
 
 
 class Refusal(Exception):
-    """With the status and the reason."""
-
-
-def hide_in_jpeg(file):
-    """Hide from Pillow the segments on which no pixel depends: it refuses damaged ones.
-
-    Both Pillow and libjpeg skip DNL segments, so they become such.  What libjpeg needs is
-    kept: see examine_app0 and examine_app14 in its jdmarker.c.
-    """
-    at = 2
-    while 0 <= (at := file.find(b"\xff", at)) < len(file) - 4:
-        kind, length = file[at + 1], int.from_bytes(file[at + 2 : at + 4])
-        if kind in (0xD9, 0xDA):  # the end, or pixels
-            return
-        if kind in (0x00, 0x01, 0xFF, *range(0xD0, 0xD9)):  # no segment
-            at += 1
-            continue
-        jfif = kind == 0xE0 and length >= 16 and file[at + 4 : at + 9] == b"JFIF\0"
-        adobe = kind == 0xEE and length >= 14 and file[at + 4 : at + 9] == b"Adobe"
-        if (0xE0 <= kind <= 0xEF or kind == 0xFE) and not (jfif or adobe):
-            file[at + 1] = 0xDC
-        at += 2 + max(length, 2)
+    """Why a photo is refused: its arguments are the status and the reason."""
 
 
 def hide_in_png(file):
@@ -84,11 +67,13 @@ def hide_in_png(file):
             raise ValueError("it is cut short")
         if kind == b"IDAT":
             needed.discard(b"tRNS")  # too late
+        stored = int.from_bytes(file[end : end + 4])
         with memoryview(file) as view:
-            crc = kind in needed and zlib.crc32(view[at + 4 : end])
-        if crc != int.from_bytes(file[end : end + 4]):
+            kept = kind in needed and zlib.crc32(view[at + 4 : end]) == stored
+        if not kept:
             if not kind[0] & 32:
-                raise ValueError(f"its chunk {kind.decode('latin-1')} is damaged")
+                name = kind.decode("latin-1")
+                raise ValueError(f"its chunk {name} is damaged or unknown")
             file[at + 4 : at + 8] = b"hIDe"
         at = end + 4
 
@@ -102,8 +87,6 @@ def open_image(file):
     else:
         formats = ", ".join(reader.format for reader in READERS)
         raise Refusal(415, f"This is no image that is read here: send {formats}.")
-    if reader is JpegImageFile:
-        hide_in_jpeg(file)
     if reader is PngImageFile:
         hide_in_png(file)
         ImageFile.LOAD_TRUNCATED_IMAGES = True  # heed no checksum of what is hidden
@@ -166,8 +149,8 @@ def decode(service):
         border = 2 * request["border"]
         if (width + border) * (height + border) > request["pixels"]:
             raise Refusal(412, TOO_LARGE.format(width * height))
-        there = 3 * width * height  # bytes of the service
-        limit_memory(at_start + len(file) + request["memory"] - there)
+        of_service = 3 * width * height
+        limit_memory(at_start + len(file) + request["memory"] - of_service)
         strips = rgb_strips(image, *region)
         first = next(strips)
     except Exception as error:
@@ -207,6 +190,7 @@ def main(count, seconds):
     example = mmap.mmap(-1, 4096)
     Image.new("RGB", (8, 8)).save(example, "JPEG")
     example.seek(0)
+    open_image(example).load()  # what that takes counts for no photo
     while True:
         while len(processes) < count:
             ours, theirs = socket.socketpair()
@@ -218,7 +202,6 @@ def main(count, seconds):
                     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (0, 0))
                 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
                 try:
-                    open_image(example).load()  # what that takes is there then
                     decode(ours)
                 finally:
                     os._exit(0)
@@ -227,8 +210,14 @@ def main(count, seconds):
             theirs.close()
         process, status = os.wait()
         with processes.pop(process) as service, suppress(OSError):
-            if os.WIFSIGNALED(status):
+            if os.WIFSIGNALED(status) and not unread(service):
                 service.sendall(line(refusal_of_killed(os.WTERMSIG(status))))
+
+
+def unread(service):
+    """Return whether a process has left a photo unread: then another one can take it."""
+    with suppress(BlockingIOError):
+        return service.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
 def refusal_of_killed(by):

@@ -104,6 +104,7 @@ JFIF, ADOBE, EXIF = b"JFIF\0\1\1\0\0\1\0\1\0\0", b"Adobe\0d\0\0\0\0\1", b"Exif\0
         chunk(b"zTXt", b"a\0\0" + LONG),
         chunk(b"iTXt", b"a\0\1\0\0\0" + LONG),
         chunk(b"tRNS", bytes(6), wrong=1),
+        chunk(b"iCCP", b"a\0\1")[:-4] + bytes(4),
         *(segment(0xE0, JFIF[:length]) for length in (0, 4, 5, 8, 13)),
         *(segment(0xEE, ADOBE[:length]) for length in (0, 4, 5, 6, 11)),
         *(segment(0xE1, EXIF[:length]) for length in (0, 5, 8)),

@@ -121,17 +121,18 @@ def test_sigterm_finishes_photos_in_flight_and_queued(start, closed_terminal):
 
 
 def test_a_killed_worker_process_is_replaced(start):
-    """So are the processes that decode: all of them, and one that waits for a photo."""
-    service = start()
+    """So are the processes that decode: all that wait for a photo, and their parent."""
+    service = start(PHOTOS_AT_ONCE=4)
     os.kill(service.worker(), signal.SIGKILL)
     wait_for(lambda: service.log().count("Booting worker") == 2)
     wait_for(lambda: shared.answers(service))
     assert service.detect(SMALL)[0] == 200
     assert "SIGKILL" in service.log()
     (decoder,) = children(service.worker())
-    for pid in (*children(decoder), decoder):
-        with suppress(ProcessLookupError):  # the photo before has ended it
-            os.kill(pid, signal.SIGKILL)
+    for parent in ([], [decoder]):
+        for pid in parent + children(decoder):
+            with suppress(ProcessLookupError):  # the photo before has ended it
+                os.kill(pid, signal.SIGKILL)
         assert service.detect(SMALL)[0] == 200
     assert children(service.worker()) != [decoder]
 

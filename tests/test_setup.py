@@ -50,6 +50,8 @@ def refuses(place, words, **settings):
 def test_no_key_or_the_examples(copy):
     refuses(copy, "openssl rand -base64 32")
     refuses(copy, "openssl rand -base64 32", API_KEY="  ")
+    if module.OUR_ENGINE:
+        refuses(copy, "FACES_CPU is AVX9: this CPU can take", FACES_CPU="AVX9")
     (copy / "api.key.example").rename(copy / "api.key")
     refuses(copy, "openssl rand -base64 32")
 

@@ -13,7 +13,7 @@ public:
     // It begins where a line of the processor's cache does, as rows that do so, too, are read in less time.
     static const size_t alignment = 64; // bytes
 
-    // At least so many values.  What it had before is gone if they are more than ever; if it throws, in any case.
+    // At least so many values.  Former ones are lost if it has to grow, or if it throws.
     T* get(const size_t needed)
     {
         if (needed > size)
@@ -31,8 +31,8 @@ public:
     void keep(const size_t bytes) { advise(bytes, MADV_DONTNEED); }
 
 private:
-    // Advises the system on whole pages of 2 MB.  To get memory in these takes little time, in pages of 4 KB a tenth of
-    // HOG's, and a sixth of the CNN's at 4 megapixels.
+    // Advises the system on whole pages of 2 MB.  To get memory in pages of 4 KB takes a tenth of HOG's time, and a sixth
+    // of the CNN's at 4 megapixels; in pages of 2 MB, little.
     void advise(const size_t beyond, const int advice)
     {
         const size_t page = 2 << 20, begin = (size_t)memory.get(), end = begin + size * sizeof(T) + alignment;

@@ -11,17 +11,19 @@ namespace
     {
         image(const long num, const long rows, const long columns)
             : std::vector<float>(num * rows * columns), planes<float>(std::vector<float>::data(), num, rows, columns) {}
+        image(image&&) = default; // a copy's planes would be the other's
+        image& operator=(image&&) = default;
     };
 
     // The chip as the network sees it: relative to the average pixel of dlib's input_rgb_image_sized.
     image as_planes(const rgb_view& chip)
     {
         const float average[] = {122.782f, 117.001f, 104.298f};
-        image planes(3, chip.rows, chip.columns);
+        image seen(3, chip.rows, chip.columns);
         for (long k = 0; k < 3; ++k)
             for (long i = 0; i < chip.rows * chip.columns; ++i)
-                planes.row(k, 0)[i] = ((&chip.pixels[i].red)[k] - average[k]) / 256;
-        return planes;
+                seen.row(k, 0)[i] = ((&chip.pixels[i].red)[k] - average[k]) / 256;
+        return seen;
     }
 
     // Joins each square of size x size pixels, every two pixels; planes beyond those of the input are zero.
