@@ -236,8 +236,9 @@ def test_a_client_that_waits_for_its_answer_is_not_silent(start, silence):
 
 def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start, silence):
     service = start(command=silence(2))
+    service.detect(SMALL)
+    before = len(open_files(service.worker()))
     with service.connect() as client:
-        before = len(open_files(service.worker()))
         client.sendall(upload(SMALL)[:300])
         wait_for(lambda: len(open_files(service.worker())) > before)
         service.process.terminate()
