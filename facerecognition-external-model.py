@@ -252,9 +252,11 @@ class Decoder:
         """Return the socket of a process that waits for a photo."""
         with self.lock:
             for _ in range(2):
-                _, sockets, *_ = socket.recv_fds(self.control, 1, 1)
+                sent, sockets, *_ = socket.recv_fds(self.control, 1, 1)
                 if sockets:
                     return socket.socket(fileno=sockets[0])
+                if sent:  # but the system could not open it
+                    raise OSError("too many open files")
                 self.main.wait()  # it was killed
                 self._start()
         raise RuntimeError("the decoder does not start")

@@ -142,7 +142,7 @@ def decode(service):
     request = json.loads(request)
     try:
         file = mmap.mmap(files[0], 0, access=mmap.ACCESS_COPY)
-        limit_memory(at_start + len(file) + request["memory"])
+        limit_memory(at_start + request["memory"])
         image = open_image(file)
         left, top, right, bottom = region = within(request["region"], *image.size)
         width, height = right - left, bottom - top
@@ -150,7 +150,7 @@ def decode(service):
         if (width + border) * (height + border) > request["pixels"]:
             raise Refusal(412, TOO_LARGE.format(width * height))
         of_service = 3 * width * height
-        limit_memory(at_start + len(file) + request["memory"] - of_service)
+        limit_memory(at_start + request["memory"] - of_service)
         strips = rgb_strips(image, *region)
         first = next(strips)
     except Exception as error:
@@ -178,7 +178,8 @@ def refusal(error):
     elif isinstance(error, MemoryError) or c_errno()[0] == errno.ENOMEM:
         status, reason = 412, TOO_MUCH.format("memory")
     else:
-        status, reason = 400, f"The image can't be decoded: {error}."
+        said = ascii(str(error))[1:-1]  # it can quote the file
+        status, reason = 400, f"The image can't be decoded: {said}."
     return {"status": status, "reason": reason}
 
 
