@@ -52,7 +52,8 @@ namespace
 face_detector::face_detector(const std::string& file) : net(load_detector(file)), layers(layers_of(net)) {}
 
 // As dlib's input_rgb_image_pyramid does, but on all threads.
-void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector<rectangle>& levels, const rgb_view& photo) const
+void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector<rectangle>& levels,
+    const rgb_view& photo) const
 {
     const long rows_at_a_time = 32;
     for_each_task((pyramid.rows + rows_at_a_time - 1) / rows_at_a_time, [&](const long i)
@@ -115,8 +116,9 @@ void face_detector::downsample(const planes<float>& features, const planes<float
                 keep_last_rows(first, kept_first);
                 keep_last_rows(second, kept_second);
                 const long new_second = rows_for(rows) - kept_second, new_first = rows_for(rows_for(rows)) - kept_first;
+                const long top = feature_step * r + 2 * kept_first;
                 layers[0](first.part(kept_first, 0, new_first, first_columns),
-                    pyramid.part(feature_step * r + 2 * kept_first, feature_step * c, rows_for(new_first), rows_for(first_columns)), false);
+                    pyramid.part(top, feature_step * c, rows_for(new_first), rows_for(first_columns)), false);
                 layers[1](second.part(kept_second, 0, new_second, second_columns),
                     first.part(2 * kept_second, 0, rows_for(new_second), first_columns), false);
                 layers[2](features.part(r, c, rows, columns), second.part(0, 0, rows_for(rows), second_columns), false);

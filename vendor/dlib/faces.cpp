@@ -110,7 +110,6 @@ namespace
 PYBIND11_MODULE(dlib, m)
 {
     m.attr("__version__") = VERSION;
-    m.attr("DLIB_USE_CUDA") = false;
     m.attr("DLIB_FAST_FACES") = cpu().name;
 
     py::class_<point>(m, "point")

@@ -45,7 +45,7 @@ namespace
 
     long features_space(const long columns) { return layout(columns).size(); }
 
-    // Of so many neighboring pixels, the length of the gradient, the shares of the cells on the left and on the right
+    // Of so many neighbouring pixels, the length of the gradient, the shares of the cells on the left and on the right
     // of it, and the place in the row's pairs of the left one's bin for its orientation.
     const long num_votes = 256;
     struct votes
@@ -54,7 +54,7 @@ namespace
         int bins[num_votes];
     };
 
-    // Of the three colors the one counts whose gradient is longest; of equal ones, the last if they are in a group.
+    // Of the three colours the one counts whose gradient is longest; of equal ones, the last if they are in a group.
     template <bool grouped>
     void find_votes(votes& __restrict v, const float* const above, const float* const row, const float* const below,
         const long step, const int begin, const int end)
@@ -217,7 +217,7 @@ namespace
                     to[k * columns + x] = image[(k * rows + y) * columns + x];
         };
 
-        // Pixels lie between the centers of a row of cells and the next one.
+        // Pixels lie between the centres of a row of cells and the next one.
         const long first_pixels = max(1, (begin - 1) * cell + half_cell);
         load_pixels(first_pixels - 1);
         load_pixels(first_pixels);
@@ -251,7 +251,7 @@ namespace
         }
     }
 
-    // The sum of every so-manieth product, from the first on, of a filter and values that lie a step from each other.
+    // The sum of products of a filter and values that lie a step from each other: of the first, and each every-th after.
     template <int num, int every>
     typename several<num>::floats product(const float* const in, const long step,
         const typename several<num>::floats* const filter, const int first)
