@@ -82,6 +82,7 @@ def in_one_line(record):
 logging.getLogger("gunicorn.error").addFilter(in_one_line)
 _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+worker_connections = min(1000, files // 4)  # a connection can have several files open
 # A wrong setting ends the main process here, not one worker after another.
 service = importlib.import_module("facerecognition-external-model")
 service.read_settings()
