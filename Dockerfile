@@ -37,8 +37,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 tzdata 
 WORKDIR /app
 COPY --from=builder /app/vendor/models vendor/models
 COPY --from=builder /app/.venv .venv
-COPY vendor/models.json vendor/models.py vendor/
-COPY .deploy/start.sh .deploy/health.py .deploy/decoder.py .deploy/gunicorn.conf.py .deploy/
+COPY vendor/decoding.py vendor/models.json vendor/models.py vendor/
+COPY .deploy/start.sh .deploy/health.py .deploy/gunicorn.conf.py .deploy/
 COPY facerecognition-external-model.py ./
 ENV PATH=/app/.venv/bin:$PATH
 EXPOSE 5000

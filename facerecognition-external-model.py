@@ -16,22 +16,20 @@ import json
 import logging
 import os
 import re
-import socket
-import subprocess
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
-from threading import Lock
+from tempfile import TemporaryFile, gettempdir
 from types import SimpleNamespace
 
-import numpy as np
 from flask import Blueprint, Flask, Request, Response, abort, current_app, request
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 
+from vendor.decoding import Decoder, Refusal, can_shut_in
 from vendor.models import paths, training
 
 try:
@@ -62,17 +60,27 @@ MEMORY_PER_PHOTO = 104 << 20
 MEMORY_PER_PIXEL = 64 if OUR_ENGINE else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
+MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
+MOST_OBJECTS = 500  # and lists in a face: how deep they nest would depend on Python
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
+# A grey BMP of 64 x 64 pixels.
+EXAMPLE_PHOTO = b"BM" + struct.pack(
+    "<6I2H6I", 12342, 0, 54, 40, 64, 64, 1, 24, *[0] * 6
+)
+EXAMPLE_PHOTO += bytes([128]) * (64 * 64 * 3)
 
 
 @cache
-def read_settings():
-    """Return Flask's configuration, or exit with one line that names what is wrong."""
+def checked_settings():
+    """Return Flask's configuration, or exit with one line that names what is wrong.
+
+    What would fail every photo is wrong, too: model files, temporary files, decoding.
+    """
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
     face_model = whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
-    memory = _memory() - MEMORY_AT_REST
+    memory = all_memory() - MEMORY_AT_REST
     per_pixel = MEMORY_PER_PIXEL * 11 // 10  # with the CNN's border
     fitting = (memory - MEMORY_PER_PHOTO) // per_pixel // 100_000 * 100_000
     area = whole_number("MAXIMUM_AREA", min(REFERENCE_AREA, fitting))
@@ -84,7 +92,7 @@ def read_settings():
     if at_once * largest > memory:
         photos = f"{at_once} photos (PHOTOS_AT_ONCE) of {area} pixels (MAXIMUM_AREA)"
         sys.exit(f"Memory is too small for {photos}: lower these, or add memory.")
-    return {
+    settings = {
         "API_KEY": _read_api_key(),
         "FACE_MODEL": face_model,
         "MODEL_FILES": check_model_files(face_model),
@@ -92,6 +100,8 @@ def read_settings():
         "PHOTOS_AT_ONCE": at_once,
         "PHOTO_MEMORY": memory // at_once,
     }
+    check_decoding()
+    return settings
 
 
 def whole_number(name, default, largest=10**9):
@@ -110,17 +120,44 @@ def _read_api_key():
     return key
 
 
-def _memory():
-    """Return how many bytes of memory the machine, or our cgroup (v1 or v2), has."""
+def all_memory():
+    """Return how many bytes of memory the machine, or our cgroup, has."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(memory, *limits_of_cgroup("memory.max", "memory.limit_in_bytes"))
+
+
+def limits_of_cgroup(*names):
+    """Return the numbers in files of these names, of our cgroup and those above it."""
+    limits = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = line.split(":", 2)  # none in version 2
         group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
         for folder in (group, *group.parents):  # a container can see its own as the top
-            for name in ("memory.max", "memory.limit_in_bytes"):
+            for name in names:
                 with suppress(OSError, ValueError):  # no such limit
-                    memory = min(memory, int((folder / name).read_text()))
-    return memory
+                    limits.append(int((folder / name).read_text()))
+    return limits
+
+
+def check_decoding():
+    """Exit with one line unless a photo can be stored and decoded; warn if not shut in."""
+    if not can_shut_in():
+        log.warning(
+            "This system has no seccomp filters: a bug in libjpeg, libpng or libwebp"
+            " would let a photo do what the service can."
+        )
+    decoder, folder = Decoder(1, pauses=[0]), os.environ.get("TMPDIR")
+    try:
+        if folder and not os.path.samefile(gettempdir(), folder):
+            raise OSError(f"no file can be written in {folder}")
+        with TemporaryFile() as file:
+            file.write(EXAMPLE_PHOTO)
+            file.flush()
+            decoder.decode(file, None, 1 << 28, 1 << 12, 0)
+    except (OSError, Refusal) as error:
+        sys.exit(f"No photo can be stored (TMPDIR) and decoded here: {error}")
+    finally:
+        decoder.close()
 
 
 # ------------------------------------------------------------------------------ models
@@ -130,12 +167,11 @@ UNSEEN_FACTOR = 0.8  # for the confidence of a face that HOG does not find
 BATCH = 16  # faces described together: many faces take no more memory than that
 # Model sets share what running does not change.  It changes more of stock dlib.
 load_landmarks = cache(dlib.shape_predictor)
-load_hog, load_descriptor = (
-    dlib.get_frontal_face_detector,
-    dlib.face_recognition_model_v1,
-)
+load_hog = dlib.get_frontal_face_detector
+load_descriptor = dlib.face_recognition_model_v1
 if OUR_ENGINE:
-    load_hog, load_descriptor = cache(load_hog), cache(load_descriptor)
+    load_hog = cache(load_hog)
+    load_descriptor = cache(load_descriptor)
 
 
 def check_model_files(model):
@@ -204,70 +240,6 @@ def describe_faces(models, pixels, boxes):
     return described
 
 
-# ------------------------------------------------------------------------------ images
-
-DECODING_SECONDS = 60  # of processor time; a PNG of 108 megapixels takes 5
-
-
-class Decoder:
-    """Processes that decode a photo each, so that none harms the models or another photo.
-
-    They run .deploy/decoder.py, without our environment: it has the key.
-    """
-
-    def __init__(self, count):
-        self.program = [sys.executable, "-I", "-Wignore", HERE / ".deploy/decoder.py"]
-        self.program += [str(count), str(DECODING_SECONDS)]
-        self.count, self.lock = count, Lock()
-        self._start()
-
-    def decode(self, file, **request):
-        """Return a region of an image file, where it begins, and the image's size.
-
-        Its pixels are RGB, a uint8 array of shape (height, width, 3).  The decoder's
-        docstring says what can be requested.  Aborts with 400, 412 or 415 if the image
-        can't be decoded so.
-        """
-        request = json.dumps(request).encode()
-        for _ in range(self.count + 1):  # all that wait may just have been killed
-            with self._waiting() as process, suppress(ConnectionError):
-                socket.send_fds(process, [request], [file.fileno()])
-                with process.makefile("rb") as answers:
-                    return self._read(answers)
-        raise OSError("the decoders were killed again and again")
-
-    def _read(self, answers):
-        if not (line := answers.readline()):
-            raise ConnectionError
-        answer = json.loads(line)
-        if "status" in answer:
-            abort(answer["status"], answer["reason"])
-        left, top, right, bottom = answer["region"]
-        pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-        if answers.readinto(pixels) < pixels.nbytes:
-            abort(412, "The photo takes too much memory to decode: scale it down.")
-        return pixels, (left, top), answer["size"]
-
-    def _waiting(self):
-        """Return the socket of a process that waits for a photo."""
-        with self.lock:
-            for _ in range(2):
-                sent, sockets, *_ = socket.recv_fds(self.control, 1, 1)
-                if sockets:
-                    return socket.socket(fileno=sockets[0])
-                if sent:  # but the system could not open it
-                    raise OSError("too many open files")
-                self.main.wait()  # it was killed
-                self._start()
-        raise RuntimeError("the decoder does not start")
-
-    def _start(self):
-        self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        alone = {"env": {}, "start_new_session": True}  # a Ctrl-C does not reach it
-        with theirs:
-            self.main = subprocess.Popen(self.program, stdin=theirs, **alone)
-
-
 # ---------------------------------------------------------------------------- analysis
 
 
@@ -284,13 +256,13 @@ class FaceAnalyser:
     def analyse(self, file, box=None):
         """Return all faces in an image file, or the one in ``box``, as ``/detect`` answers.
 
-        Aborts with 412 if that takes more memory than a photo may, or as decoding does.
+        Raises what ``Decoder.decode`` does: 412 if it takes more memory than a photo may.
         """
         return self.pool.submit(self._analyse, file, box, time.monotonic()).result()
 
     def _analyse(self, file, box, queued):
         began = time.monotonic()
-        pixels, (x, y), size = self.decoder.decode(file, **self._request(box))
+        pixels, (x, y), size = self.decoder.decode(file, **self._limits(box))
         with self._model_set() as models:
             if box:
                 found = [(dlib.translate_rect(box, dlib.point(-x, -y)), None)]
@@ -313,8 +285,8 @@ class FaceAnalyser:
             for (box, confidence), (landmarks, descriptor) in zip(found, described)
         ]
 
-    def _request(self, box):
-        """Return what to request of the decoder: as much as there is memory for."""
+    def _limits(self, box):
+        """Return what to ask of the decoder: as much as there is memory for."""
         if box:
             region, border, per_pixel = surroundings(box), 0, 4  # 3 and what dlib takes
         else:
@@ -348,12 +320,10 @@ def surroundings(box):
 # ----------------------------------------------------------------------------- service
 
 service = Blueprint("service", __name__)
-MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
-MOST_OBJECTS = 500  # and lists in a face: how deep they nest would depend on Python
 NO_FACE = "Send the face's left, top, right and bottom as JSON in the field face"
 
 
-class Upload(Request):
+class UploadRequest(Request):
     """A request whose files go to the disk at once: hundreds of clients can wait."""
 
     max_form_parts = 8  # those that are no files stay in memory
@@ -450,15 +420,20 @@ def _posted_face():
 @service.app_errorhandler(Exception)
 def refuse(error):
     """Answer an error with its reason, as JSON, and log it: the app shows the status."""
-    if isinstance(error, HTTPException):
-        answer, reason = error.get_response(), error.description
+    answer = error.get_response() if isinstance(error, HTTPException) else Response()
+    if isinstance(error, NotFound):
+        reason = "There is nothing here: /welcome tells what runs, README.md what else."
+    elif isinstance(error, HTTPException):
+        reason = error.description
+    elif isinstance(error, Refusal):
+        answer.status_code, reason = error.args
     elif isinstance(error, (MemoryError, OSError)):
-        answer, reason = Response(status=507), getattr(error, "strerror", None)
-        reason = (
-            f"Add memory, disk or open files: {reason or str(error) or 'none left'}"
-        )
+        answer.status_code = 507
+        lacking = getattr(error, "strerror", None) or str(error) or "none left"
+        reason = f"Add memory, disk or open files: {lacking}"
     else:
-        answer, reason = Response(status=500), "The service failed: its log says why."
+        answer.status_code = 500
+        reason = "The service failed: its log says why."
         log.exception("Internal error")
     # A client that still sends would not get the answer.  If reading is what has failed,
     # that error is the context of this one: no need to wait for more.
@@ -473,9 +448,9 @@ def refuse(error):
 
 def create_app(settings=None):
     """Load the models, and return the Flask application."""
-    settings = settings or read_settings()
+    settings = settings or checked_settings()
     app = Flask(__name__, static_folder=None)
-    app.request_class = Upload
+    app.request_class = UploadRequest
     app.json.sort_keys = False
     app.config.update(settings, ANALYSER=FaceAnalyser(settings))
     app.config["MAX_CONTENT_LENGTH"] = max(MOST_BYTES.values())

@@ -18,7 +18,6 @@ SILENCE = 60  # seconds after which a silent client is dropped
 
 wsgi_app = "facerecognition-external-model:create_app()"
 workers = 1
-threads = 1000  # its worker class is gthread then
 timeout = 0  # a photo may take any time
 graceful_timeout = 300
 keepalive = 0  # a reused connection can close just as a photo is sent
@@ -45,6 +44,27 @@ def listen(host, port):
     except OSError as error:
         sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {error}.")
     return f"fd://{server.detach()}"
+
+
+def connections(at_once):
+    """Return how many clients can be served, or exit with one line if none can.
+
+    gunicorn ends its worker when it can't open a file or start a thread for one.
+    """
+    limits = {}
+    for name in ("NOFILE", "NPROC"):
+        kind = getattr(resource, f"RLIMIT_{name}")
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (hard, hard))
+        limits[name] = hard if hard != resource.RLIM_INFINITY else sys.maxsize
+    processes = min([limits["NPROC"], *service.limits_of_cgroup("pids.max")])
+    ours = 8 + 2 * at_once + os.cpu_count()  # decoders, and threads that analyse
+    if processes <= ours:
+        sys.exit(
+            f"There can be {processes} processes and threads, but it takes {ours + 1}:"
+            " raise --pids-limit or TasksMax, or ulimit -u."
+        )
+    return min(1000, limits["NOFILE"] // 4, processes - ours)  # a client's files
 
 
 def when_ready(server):
@@ -80,10 +100,8 @@ def in_one_line(record):
 
 
 logging.getLogger("gunicorn.error").addFilter(in_one_line)
-_, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-worker_connections = min(1000, files // 4)  # a connection can have several files open
 # A wrong setting ends the main process here, not one worker after another.
 service = importlib.import_module("facerecognition-external-model")
-service.read_settings()
+at_once = service.checked_settings()["PHOTOS_AT_ONCE"]
+threads = worker_connections = connections(at_once)  # its worker class is gthread then
 bind = listen(os.environ.get("HOST", ""), service.whole_number("PORT", 5000, 65535))

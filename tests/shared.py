@@ -96,7 +96,7 @@ class App(Service):
         self.model = model
         settings |= {"API_KEY": KEY, "FACE_MODEL": str(model)}
         with mock.patch.dict(os.environ, settings):
-            self.app = module.create_app(module.read_settings.__wrapped__())
+            self.app = module.create_app(module.checked_settings.__wrapped__())
 
     def request(self, path, form=None, key=KEY):
         options = {"headers": {"x-api-key": key}} if key is not None else {}

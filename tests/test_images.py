@@ -11,7 +11,6 @@ import pytest
 import shared
 from PIL import Image
 from shared import SMALL, encoded, module, picture, refused, scaled
-from werkzeug.exceptions import HTTPException
 
 FRAME = (370, 140, 620, 400)  # of the face in obama.jpg
 
@@ -139,49 +138,6 @@ def test_arithmetic_coding_is_read():
     whole = encoded(scaled(picture(), 2), quality=95)
     assert len(whole) > 200_000  # more than Pillow reads at a time
     assert pixels(whole.replace(b"\xff\xc0", b"\xff\xc9")).shape == pixels(whole).shape
-
-
-def test_412_tells_of_time(monkeypatch):
-    """A progressive JPEG that repeats its last scan, of 14 bytes, for hours."""
-    monkeypatch.setattr(module, "DECODING_SECONDS", 1)
-    whole = encoded(scaled(picture(), 2), progressive=True)
-    last = whole.rindex(b"\xff\xda")
-    scan = whole[last : last + 2 + whole[last + 3]] + bytes(4)
-    with pytest.raises(HTTPException) as refusal:
-        pixels(whole[:-2] + scan * 100_000, decoder=module.Decoder(1))
-    assert refusal.value.code == 412 and "more time" in refusal.value.description
-
-
-def crafted():
-    """Small files that take gigabytes or hours, or that kill their decoder."""
-    gif = b"GIF89a\n\0\n\0\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;"
-    scans = encoded(tiny(), progressive=True)
-    text = chunk(b"zTXt", b"a\0\0" + LONG)
-    png = encoded(tiny(), "PNG")
-    wide = scans.replace(scans[scans.index(b"\xff\xc2") + 5 :][:4], b"\xff\xdc" * 2)
-    return {
-        "frame.gif": (gif, 412),
-        "size.jpg": (wide, 412),
-        "texts.png": (png[:33] + text * 20 + png[33:], 200),
-        "segments.jpg": (scans[:2] + segment(0xE5, b"") * 10**6 + scans[2:], 200),
-        "bomb.png": (encoded(Image.new("1", (40_000, 40_000)), "PNG"), 412),
-    }
-
-
-def test_crafted_images_harm_nobody(start):
-    """In 1 GB, beside a client of ordinary photos; the decoder has so many seconds."""
-    service = start(megabytes=1000, PHOTOS_AT_ONCE=2, MAXIMUM_AREA=640 * 480)
-    worker, face, seen = service.worker(), shared.face_in((50, 50, 90, 90)), []
-
-    def send(stopped):
-        while not stopped.is_set():
-            seen.append(service.detect(SMALL)[0])
-
-    with shared.threads(send):
-        for name, (content, status) in crafted().items():
-            answer = service.compute(content, face)
-            assert answer[0] == status, (name, answer)
-    assert set(seen) == {200} and service.worker() == worker
 
 
 @pytest.mark.parametrize(

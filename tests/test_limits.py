@@ -26,10 +26,10 @@ def configured(monkeypatch):
     def read(megabytes, fast=True, **settings):
         for name, value in ({"API_KEY": shared.KEY} | settings).items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(module, "_memory", lambda: megabytes << 20)
+        monkeypatch.setattr(module, "all_memory", lambda: megabytes << 20)
         monkeypatch.setattr(module, "MEMORY_PER_PIXEL", 64 if fast else 1050)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
-        return module.read_settings.__wrapped__()
+        return module.checked_settings.__wrapped__()
 
     return read
 
@@ -69,7 +69,7 @@ def test_what_memory_is_not_enough_for_is_one_line(configured, megabytes, settin
 
 def test_412_tells_the_pixels_before_anything_is_decoded(monkeypatch):
     """A white PNG of a billion pixels is 100 KB, and would be gigabytes."""
-    monkeypatch.setattr(module, "_memory", lambda: 1 << 30)
+    monkeypatch.setattr(module, "all_memory", lambda: 1 << 30)
     app, bomb = App(3), encoded(Image.new("1", (32_000, 32_000)), "PNG")
     face = face_in((100, 100, 300, 300))
     refused(app.detect(bomb), 412, "1024000000 pixels take more memory")

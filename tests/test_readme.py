@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [README, (ROOT / "tests/README.md").read_text()]
 MAKEFILE = (ROOT / "Makefile").read_text()
 SOURCE = (ROOT / "facerecognition-external-model.py").read_text()
-DECODER = (ROOT / ".deploy/decoder.py").read_text()
+DECODING = (ROOT / "vendor/decoding.py").read_text()
 
 
 def cells(section):
@@ -29,7 +29,7 @@ def test_endpoints_and_statuses():
     for path in re.findall(r'@service\.\w+\("(/\w+)"\)', SOURCE):
         assert path in api
     raised = re.findall(r"\babort\(\s*(\d+)|\bstatus=(\d+)", SOURCE)
-    raised += re.findall(r'"status": (\d+)|\bRefusal\((\d+)', DECODER)
+    raised += re.findall(r'"status": (\d+)|\bRefusal\((\d+)', DECODING)
     statuses = {"".join(status) for status in raised}
     assert {"400", "401", "412", "413", "415", "500", "507"} == statuses
     for status in statuses:
@@ -45,7 +45,7 @@ def test_limits():
     assert f"`maximum_area` is {module.REFERENCE_AREA}" in prose
     for path, most in module.MOST_BYTES.items():
         assert f"{most >> 20} MiB for `{path}`" in prose
-    for name in re.findall(r"^from PIL.(\w+)ImagePlugin", DECODER, re.MULTILINE):
+    for name in re.findall(r"^from PIL.(\w+)ImagePlugin", DECODING, re.MULTILINE):
         assert f" {name.lower()}" in prose.lower()
 
 

@@ -62,7 +62,7 @@ def test_invalid_numbers(monkeypatch, setting, value):
     monkeypatch.setenv("API_KEY", KEY)
     monkeypatch.setenv(setting, value)
     with pytest.raises(SystemExit) as refusal:
-        module.read_settings()
+        module.checked_settings()
     assert setting in refusal.value.code and "\n" not in refusal.value.code
 
 
