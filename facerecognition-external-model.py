@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
@@ -55,7 +55,7 @@ if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
 # ---------------------------------------------------------------------------- settings
 
 # Bytes, as "make memory" measures them.  A photo in flight has a model set.
-MEMORY_AT_REST = 160 << 20
+MEMORY_AT_REST = 180 << 20
 MEMORY_PER_PHOTO = 104 << 20
 MEMORY_PER_PIXEL = 64 if OUR_ENGINE else 1050
 REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
@@ -146,18 +146,16 @@ def check_decoding():
             "This system has no seccomp filters: a bug in libjpeg, libpng or libwebp"
             " would let a photo do what the service can."
         )
-    decoder, folder = Decoder(1, pauses=[0]), os.environ.get("TMPDIR")
+    folder = os.environ.get("TMPDIR")
     try:
         if folder and not os.path.samefile(gettempdir(), folder):
             raise OSError(f"no file can be written in {folder}")
-        with TemporaryFile() as file:
+        with closing(Decoder(1, pauses=[0])) as decoder, TemporaryFile() as file:
             file.write(EXAMPLE_PHOTO)
             file.flush()
             decoder.decode(file, None, 1 << 28, 1 << 12, 0)
     except (OSError, Refusal) as error:
         sys.exit(f"No photo can be stored (TMPDIR) and decoded here: {error}")
-    finally:
-        decoder.close()
 
 
 # ------------------------------------------------------------------------------ models

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -51,7 +52,10 @@ class Service:
             headers["Content-Type"] = f"multipart/form-data; boundary={boundary}"
         request = urllib.request.Request(self.url + path, body, headers)
         try:
-            answer = urllib.request.urlopen(request, timeout=600)
+            # Without it, that of the first request would be kept for all (Python 3.12).
+            https = self.url.startswith("https")
+            context = ssl.create_default_context() if https else None
+            answer = urllib.request.urlopen(request, timeout=600, context=context)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
@@ -94,8 +98,8 @@ class App(Service):
 
     def __init__(self, model, **settings):
         self.model = model
-        settings |= {"API_KEY": KEY, "FACE_MODEL": str(model)}
-        with mock.patch.dict(os.environ, settings):
+        environ = {"API_KEY": KEY, "FACE_MODEL": str(model)} | settings
+        with mock.patch.dict(os.environ, environ):
             self.app = module.create_app(module.checked_settings.__wrapped__())
 
     def request(self, path, form=None, key=KEY):
@@ -161,27 +165,28 @@ def answers(service):
     assert service.process.poll() is None, service.log()
     try:
         return service.request("/health") == (200, "ok")
-    except OSError:
-        time.sleep(0.05)
+    except OSError as error:
+        answers.failed = error
 
 
 def wait_for(condition, seconds=60):
     """Return what ``condition()`` returns, once that is true."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        why = getattr(answers, "failed", "")
+        assert time.monotonic() < end, f"waited in vain; the last error was {why}"
         time.sleep(0.01)
     return found
 
 
-def seconds(service):
-    """Return how long a client's small photo takes, but for what else runs here."""
-    taken = []
+def is_not_delayed(service):
+    """Whether none of nine small photos, each of a client of its own, waits for others."""
     for _ in range(9):
         began = time.monotonic()
         assert service.detect(SMALL)[0] == 200
-        taken.append(time.monotonic() - began)
-    return sorted(taken)[2]
+        if time.monotonic() - began > 2:  # seconds; silent clients stay for longer
+            return False
+    return True
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def test_everybody_in_a_group_is_found_and_compute_gives_the_same(each_app):
         sent = face_in(box(face)) | {"id": 7}
         status, computed = each_app.compute(together, sent)
         assert (status, computed["filename"]) == (200, "photo.jpg")
+        assert list(computed["face"]) == [*sent, "landmarks", "descriptor"]
         assert computed["face"].items() >= sent.items()
         assert computed["face"]["landmarks"] == face["landmarks"]
         assert distance(computed["face"], face) < 1e-5

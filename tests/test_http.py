@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import shared
-from shared import KEY, SMALL, encoded, module, picture, refused, upload, wait_for
+from shared import KEY, SMALL, App, encoded, module, picture, refused, upload, wait_for
 from test_images import damaged, tiny
 from werkzeug.formparser import FormDataParser
 
@@ -88,6 +88,13 @@ def test_an_upload_without_a_length(service):
 def test_401(app, path, key):
     form = None if path == "/open" else {"file": (io.BytesIO(SMALL), "a"), "face": "{}"}
     refused(app.request(path, form, key=key), 401, "x-api-key")
+
+
+def test_a_key_that_is_not_ascii():
+    """curl sends its bytes; WSGI has them decoded as Latin-1."""
+    app = App(3, API_KEY="schlüssel")
+    sent = "schlüssel".encode().decode("latin-1")
+    assert app.request("/open", key=sent)[0] == 200
 
 
 def test_the_key_is_compared_in_constant_time_before_the_form_is_read(app, monkeypatch):
@@ -212,6 +219,22 @@ def test_an_error_with_a_percent_sign(app, monkeypatch, caplog, status, error):
     assert ("Traceback" in caplog.text) == (status == 500)
     monkeypatch.undo()
     assert app.detect(SMALL)[0] == 200
+
+
+def test_a_model_set_is_lent_again_unless_its_run_has_failed(app, monkeypatch):
+    lent, detect = [], module.detect_faces
+
+    def fail(models, pixels):
+        raise MemoryError
+
+    for run in (detect, fail, detect, detect):
+        monkeypatch.setattr(
+            module,
+            "detect_faces",
+            lambda models, pixels, run=run: lent.append(models) or run(models, pixels),
+        )
+        app.detect(SMALL)
+    assert lent[0] is lent[1] is not lent[2] is lent[3]
 
 
 @pytest.mark.parametrize(

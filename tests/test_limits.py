@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 import shared
 from PIL import Image
 from shared import SMALL, App, encoded, face_in, memory, module, picture, refused
-from test_images import pixels
+from test_images import LONG, chunk, pixels
 
 LARGE = shared.resized(1, format="PNG")  # goes to the disk, not to memory
 
@@ -37,7 +38,7 @@ def configured(monkeypatch):
 @pytest.mark.parametrize(
     "megabytes, fast, area, at_once",
     [
-        *((520, True, 3_800_000, 1), (953, True, 8294400, 1), (1024, True, 8294400, 1)),
+        *((520, True, 3_500_000, 1), (953, True, 8294400, 1), (1024, True, 8294400, 1)),
         *((2048, True, 8294400, 2), (24576, True, 8294400, 4)),
         *((953, False, 600_000, 1), (1024, False, 600_000, 1)),
         *((4096, False, 3_400_000, 1), (24576, False, 8294400, 2)),
@@ -48,6 +49,8 @@ def test_the_area_is_what_memory_holds(configured, megabytes, fast, area, at_onc
     for total in (megabytes, megabytes - 1):  # the same after a kernel's update
         settings = configured(total, fast)
         assert (settings["MAXIMUM_AREA"], settings["PHOTOS_AT_ONCE"]) == (area, at_once)
+        left = (total << 20) - module.MEMORY_AT_REST
+        assert settings["PHOTO_MEMORY"] == left // at_once
 
 
 @pytest.mark.parametrize(
@@ -70,10 +73,13 @@ def test_what_memory_is_not_enough_for_is_one_line(configured, megabytes, settin
 def test_412_tells_the_pixels_before_anything_is_decoded(monkeypatch):
     """A white PNG of a billion pixels is 100 KB, and would be gigabytes."""
     monkeypatch.setattr(module, "all_memory", lambda: 1 << 30)
-    app, bomb = App(3), encoded(Image.new("1", (32_000, 32_000)), "PNG")
-    face = face_in((100, 100, 300, 300))
+    app, face = App(3), face_in((100, 100, 300, 300))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32_000, 32_000, 1, 0, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", LONG) + chunk(b"IEND", b"")
     refused(app.detect(bomb), 412, "1024000000 pixels take more memory")
     refused(app.compute(bomb, face), 412, "more memory to decode")
+    # What fits, but not with the border that the CNN adds.
+    refused(app.detect(encoded(Image.new("1", (110_000, 100)), "PNG")), 412, "11000000")
 
 
 def test_a_photo_larger_than_the_area_is_analysed_if_memory_holds_it():
@@ -112,7 +118,7 @@ def test_compute_describes_a_face_of_an_original_as_in_the_whole(app, options):
         assert shared.distance(answer["face"], {"descriptor": descriptor}) < 1e-6
 
 
-@pytest.mark.parametrize("model", [1, 3, 4])
+@pytest.mark.parametrize("model", [1, 3])  # and 4 runs one after the other
 def test_any_photo_of_the_largest_area_in_1_gb(start, model):
     service = start(megabytes=1000, FACE_MODEL=model)
     assert service.request("/open")[1]["maximum_area"] == 3840 * 2160
@@ -199,7 +205,7 @@ def test_memory_refused_at_random_places(start, tmp_path, model):
     alone = [service.detect(content)[1] for content in photos]
     worker, seen = service.worker(), []
     failing.touch()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
 
     def send(i):
         while min(seen.count(507), seen.count(200)) < 6 and time.monotonic() < end:

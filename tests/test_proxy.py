@@ -93,11 +93,11 @@ def test_uploads_without_a_key_cost_nothing(service, caddy):
                     client.sendall(bytes(1 << 20))
                     stopped.wait(0.01)
 
-    alone, lines = shared.seconds(proxy), service.log().count(" 401, ")
+    lines = service.log().count(" 401, ")
     shared.forget_peak(proxy.process.pid)
     before = memory(proxy.process.pid)
     with shared.threads(send, 8):
-        assert shared.seconds(proxy) < 5 * alone
+        assert shared.is_not_delayed(proxy)
     assert shared.peak_memory(proxy.process.pid) < before + 50
     assert service.log().count(" 401, ") == lines
 
@@ -106,7 +106,6 @@ def test_1100_connections_that_trickle_delay_nobody(service, caddy):
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     proxy, content = caddy(service), upload(SMALL)
-    alone = shared.seconds(proxy)
     with ExitStack() as stack:
         slow = [stack.enter_context(proxy.connect()) for _ in range(1100)]
 
@@ -118,7 +117,7 @@ def test_1100_connections_that_trickle_delay_nobody(service, caddy):
                     return
 
         with shared.threads(trickle):
-            assert shared.seconds(proxy) < 5 * alone
+            assert shared.is_not_delayed(proxy)
     assert proxy.detect(SMALL)[0] == 200
 
 
