@@ -27,7 +27,12 @@ from tempfile import TemporaryFile, gettempdir
 from types import SimpleNamespace
 
 from flask import Blueprint, Flask, Request, Response, abort, current_app, request
-from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    NotFound,
+    RequestEntityTooLarge,
+)
 
 from vendor.decoding import Decoder, Refusal, can_shut_in
 from vendor.models import paths, training
@@ -393,7 +398,8 @@ def _posted_file():
     except Exception as error:
         if isinstance(error, (RequestEntityTooLarge, MemoryError, OSError)):
             raise  # too many parts, or the disk is full
-        abort(400, "The request is malformed or broke off: send it again, whole.")
+        reason = "The request is malformed or broke off: send it again, whole."
+        raise BadRequest(reason) from error
     if upload is None:
         abort(400, "There is no photo, or it broke off: send it as the form's file.")
     return os.path.basename(upload.filename or ""), upload.stream
@@ -434,9 +440,9 @@ def refuse(error):
         reason = "The service failed: its log says why."
         log.exception("Internal error")
     # A client that still sends would not get the answer.  If reading is what has failed,
-    # that error is the context of this one: no need to wait for more.
+    # that error is the cause of this one: no need to wait for more.
     with suppress(Exception):
-        while not error.__context__ and request.stream.read(1 << 16):
+        while not error.__cause__ and request.stream.read(1 << 16):
             pass
     size, status = request.content_length or 0, answer.status_code
     log.warning("%r of %d bytes: %d, %s", request.path, size, status, reason)

@@ -75,10 +75,9 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
-    silence = struct.pack("ll", SILENCE, 0)
     for listener in worker.sockets:  # connections inherit this
+        silence = struct.pack("ll", SILENCE, 0)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, silence)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, silence)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the main process gets it, too
 
 

@@ -58,6 +58,12 @@ def test_curl_with_a_large_body(service, tmp_path, key, expect, status):
     assert "error" in answer if code == "401" else answer["filename"] == "phpXyZ"
 
 
+def test_a_client_that_reads_only_after_it_has_sent_all_gets_its_error(service):
+    for key, path, status in (("wrong", b"/detect", 401), (KEY, b"/detekt", 404)):
+        sent = upload(bytes(30 << 20), key=key).replace(b"/detect", path)
+        assert answer_to(service, sent) == status
+
+
 def chunked(body):
     head = upload(b"").split(b"\r\n\r\n")[0].replace(b"Content-Length:", b"x:")
     return head + b"\r\nTransfer-Encoding: chunked\r\n\r\n" + body

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import shared
 from PIL import Image
-from shared import KEY, SERVE, SMALL, App, children, encoded, picture, upload, wait_for
+from shared import KEY, SERVE, SMALL, App, children, encoded, upload, wait_for
 from test_limits import open_files
 
 LARGE = shared.resized(1)
@@ -247,17 +247,9 @@ def test_a_client_that_waits_for_its_answer_is_not_silent(start, silence):
 
 
 def test_sigterm_waits_for_a_silent_client_only_until_it_is_dropped(start, silence):
-    """Silent in the middle of a photo, or instead of reading an answer of a megabyte."""
     service = start(command=silence(2), FACE_MODEL=3)
-    with service.connect() as sending, socket.socket() as reading:
-        sending.sendall(upload(SMALL)[:300])
-        reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        reading.connect(("127.0.0.1", service.port))
-        head = picture().crop((255, 30, 735, 510)).resize((60, 60))
-        many = Image.new("RGB", (1500, 1200))
-        for i in range(500):
-            many.paste(head, (60 * (i % 25), 60 * (i // 25)))
-        reading.sendall(upload(encoded(many, quality=90)))
-        wait_for(lambda: analysed(service) == 1)
+    with service.connect() as client:
+        client.sendall(upload(SMALL)[:300])
+        assert service.request("/health") == (200, "ok")  # so the client is accepted
         service.process.terminate()
         assert service.process.wait(15) == 0
