@@ -66,6 +66,9 @@ memory: setup ## measure the memory of each model
 engine: setup ## check our engine's parts, on each level of CPU that can be run here
 	@tests/tools/engine.sh
 
+fresh-test: ## as root: run all tests as a user of a bare Debian, BASE=trixie or bookworm
+	@tests/tools/fresh.sh $(or $(BASE),trixie)
+
 docker-test: setup ## build the image facerecognition, and check it
 	@docker info > /dev/null 2>&1 || { echo "No Docker engine answers here"; exit 1; }
 	docker build $(DOCKER_BUILD) -t facerecognition .
@@ -75,8 +78,8 @@ clean: ## delete everything that make has made here, except api.key
 	rm -rf $(VENV)/whole $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . \( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache \) -prune -exec rm -rf {} +
 
-.PHONY: help serve setup test download-models install uninstall bench memory engine docker-test \
-	clean always
+.PHONY: help serve setup test download-models install uninstall bench memory engine fresh-test \
+	docker-test clean always
 
 # What setup makes, one make at a time.
 $(VENV)/pyvenv.cfg: always

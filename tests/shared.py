@@ -284,16 +284,23 @@ def overlap(a, b):
 
 
 @contextmanager
-def memory_limit(megabytes):
-    """Yield a command prefix that runs a command in a cgroup with a memory limit."""
-    v1 = Path("/sys/fs/cgroup/memory").exists()
-    group = Path("/sys/fs/cgroup", "memory" if v1 else "", f"faces-{os.getpid()}")
+def control_group(controller, limit):
+    """Yield a command prefix that runs a command with so many bytes or processes.
+
+    ``controller`` is "memory" or "pids".
+    """
+    v1 = Path("/sys/fs/cgroup", controller).exists()
+    group = Path("/sys/fs/cgroup", controller if v1 else "", f"faces-{os.getpid()}")
+    file = (
+        "memory.limit_in_bytes"
+        if v1 and controller == "memory"
+        else f"{controller}.max"
+    )
     try:
         group.mkdir()
-        limit = group / ("memory.limit_in_bytes" if v1 else "memory.max")
-        limit.write_text(str(megabytes << 20))
+        (group / file).write_text(str(limit))
     except OSError:
-        pytest.skip("no control group for memory can be made here")
+        pytest.skip(f"no control group for {controller} can be made here")
     join = f'echo $$ > {group}/cgroup.procs && exec "$@"'
     try:
         yield ["sh", "-c", join, "sh"]

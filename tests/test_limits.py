@@ -279,9 +279,12 @@ def test_disk_refused_as_it_is_full_or_read_only(start, tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_more_connections_than_files_may_be_open(start):
+@pytest.mark.parametrize(
+    "limit", [{"prefix": ["prlimit", "--nofile=256"]}, {"processes": 60}]
+)
+def test_more_connections_than_files_or_threads_there_may_be(start, limit):
     """They wait, or are dropped; photos are answered meanwhile and afterwards."""
-    service = start(prefix=["prlimit", "--nofile=256"])
+    service = start(**limit)
     worker = service.worker()
     with ExitStack() as stack, ThreadPoolExecutor(3) as clients:
         answers = [clients.submit(service.detect, LARGE) for _ in range(6)]
@@ -290,3 +293,10 @@ def test_more_connections_than_files_may_be_open(start):
         stack.close()
         assert [answer.result()[0] for answer in answers] == [200] * 6
     assert service.detect(SMALL)[0] == 200 and service.worker() == worker
+
+
+def test_too_few_processes_are_one_line(start):
+    with pytest.raises(AssertionError) as stopped:
+        start(processes=10, FACE_MODEL=3)
+    (line,) = str(stopped.value).splitlines()
+    assert "There can be 10 processes" in line and "--pids-limit" in line
