@@ -91,7 +91,7 @@ $(VENV)/installed-base: $(VENV)/pyvenv.cfg requirements.txt
 
 # The dlib that make has chosen, without another one.
 $(DLIB_MARK): $(VENV)/installed-base $(wildcard vendor/dlib/*)
-	@echo "$(if $(filter prebuilt,$(DLIB)),$(SLOW),Installing dlib)"
+	@echo "Installing dlib"
 	@case "$(DLIB)" in \
 		built) vendor/dlib/build.sh wheel vendor/wheels && set -- --no-deps vendor/wheels/*.whl;; \
 		prebuilt) set -- "$$(sed -n s/^dlib/dlib-bin/p requirements.txt)";; \

@@ -67,6 +67,7 @@ REFERENCE_AREA = 3840 * 2160  # pixels; the reference service's maximum_area
 SMALLEST_AREA = 640 * 480  # pixels; the least that the app can be set to
 MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
 MOST_OBJECTS = 500  # and lists in a face: how deep they nest would depend on Python
+URL = "https://github.com/freakdude/facerecognition-external-model.git"
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
 # A grey BMP of 64 x 64 pixels.
 EXAMPLE_PHOTO = b"BM" + struct.pack(
@@ -82,6 +83,10 @@ def checked_settings():
     What would fail every photo is wrong, too: model files, temporary files, decoding.
     """
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    if os.environ.get("FACE_MODEL", "").strip() == "5":
+        sys.exit(
+            "FACE_MODEL is 5, as Nextcloud calls this service: choose from 1 to 4."
+        )
     face_model = whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
@@ -92,13 +97,15 @@ def checked_settings():
     largest = MEMORY_PER_PHOTO + per_pixel * area
     at_once = min(len(os.sched_getaffinity(0)), memory // largest)
     at_once = whole_number("PHOTOS_AT_ONCE", max(at_once, 1))
+    asked = max(area, SMALLEST_AREA)
+    needed = MEMORY_AT_REST + at_once * (MEMORY_PER_PHOTO + per_pixel * asked)
+    if needed > memory + MEMORY_AT_REST:
+        photos = f"{at_once} photos (PHOTOS_AT_ONCE) of {asked} pixels (MAXIMUM_AREA)"
+        sys.exit(f"Memory is too small for {photos}: it takes {needed >> 20} MB.")
     if area < SMALLEST_AREA:
-        sys.exit(f"MAXIMUM_AREA, or memory, is too small for {SMALLEST_AREA} pixels.")
-    if at_once * largest > memory:
-        photos = f"{at_once} photos (PHOTOS_AT_ONCE) of {area} pixels (MAXIMUM_AREA)"
-        sys.exit(f"Memory is too small for {photos}: lower these, or add memory.")
+        sys.exit(f"MAXIMUM_AREA is {area}: the app needs {SMALLEST_AREA} at least.")
     settings = {
-        "API_KEY": _read_api_key(),
+        "API_KEY": read_api_key(),
         "FACE_MODEL": face_model,
         "MODEL_FILES": check_model_files(face_model),
         "MAXIMUM_AREA": area,
@@ -116,13 +123,23 @@ def whole_number(name, default, largest=10**9):
     return int(text or default)
 
 
-def _read_api_key():
+def read_api_key():
+    """Return the key, or exit with one line that says which of its faults it has."""
     key, file = os.environ.get("API_KEY", "").strip(), HERE / "api.key"
-    with suppress(OSError, ValueError):
+    try:
         key = key or file.read_text("utf-8-sig").strip()
-    if len(key.split()) != 1 or key == EXAMPLE_KEY:
-        sys.exit(f"No key can be read from API_KEY or {file}: openssl rand -base64 32.")
-    return key
+    except FileNotFoundError:
+        wrong = f"There is no key: API_KEY is not set, and there is no file {file}."
+    except IsADirectoryError:
+        wrong = f"{file} is a folder: Docker makes one if the file to mount is missing."
+    except (OSError, ValueError) as error:
+        wrong = f"The key can't be read: {error}."
+    else:
+        if key and len(key.split()) == 1 and key != EXAMPLE_KEY:
+            return key
+        wrong = f"{file} is empty." if not key else "The key has more than one word."
+        wrong = "The key is still the example's." if key == EXAMPLE_KEY else wrong
+    sys.exit(f"{wrong}  A new key: openssl rand -base64 32")
 
 
 def all_memory():
@@ -181,7 +198,12 @@ def check_model_files(model):
     """Return a model's files, or exit with one line unless all are there and whole."""
     for file in paths(model):
         if not (found := training(file)):
-            sys.exit(f"{file} is missing or damaged: make FACE_MODEL={model} setup")
+            get = f"make FACE_MODEL={model} setup"
+            if not (HERE / "Makefile").exists():  # in an image
+                get = (
+                    f"docker build --build-arg MODELS={model} -t facerecognition {URL}"
+                )
+            sys.exit(f"{file} is missing or damaged: {get}")
         if found == "later":
             log.warning("%s is a later training: boxes differ by some pixels.", file)
     return [str(file) for file in paths(model)]

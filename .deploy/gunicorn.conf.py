@@ -25,6 +25,11 @@ limit_request_fields = 50
 limit_request_field_size = 2048
 forwarded_allow_ips = ""  # nobody's SCRIPT_NAME or X-Forwarded-Proto counts
 control_socket_disable = True
+logconfig_dict = {  # as the service's own lines
+    "root": {"level": "INFO", "handlers": ["error_console"]},
+    "loggers": {"gunicorn.error": {"level": "INFO", "propagate": True}},
+    "formatters": {"generic": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+}
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
@@ -42,7 +47,9 @@ def listen(host, port):
             (host, port), family=family, dualstack_ipv6=both, backlog=2048
         )
     except OSError as error:
-        sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {error}.")
+        reason = os.strerror(error.errno) if error.errno else error
+        other = ".  For another port: make PORT=5001 serve"
+        sys.exit(f"Can't listen on HOST {host!r}, PORT {port}: {reason}{other}")
     return f"fd://{server.detach()}"
 
 

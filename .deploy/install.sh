@@ -31,18 +31,24 @@ write_units() {
 
 [ "${1:-}" != units ] || { write_units; exit; }
 [ "$(id -u)" = 0 ] || { echo "Only root can do that: sudo make ..."; exit 1; }
+[ -d /run/systemd/system ] || { echo "No systemd runs here: README.md tells other ways to keep it running"; exit 1; }
 if [ "${1:-}" = undo ]; then
     systemctl disable --now facerecognition.{service,socket} || true
-    rm -rf "$units"/facerecognition.{service,socket}{,.d/install.conf}
+    rm -f "$units"/facerecognition.{service,socket}{,.d/install.conf}
+    rmdir --ignore-fail-on-non-empty "$units"/facerecognition.{service,socket}.d 2> /dev/null || true
     systemctl daemon-reload
     exit
 fi
 
+id "$user" > /dev/null 2>&1 || useradd --system --no-create-home "$user"
+runuser -u "$user" -- test -r "$PWD/Makefile" || { # by its whole path, as systemd opens it
+    echo "The service's user, $user, can't read $PWD: move it, to /opt for example"
+    exit 1
+}
 # As the owner, so that nothing here belongs to root that the owner can't change later.
 HOME=$(getent passwd "$owner" | cut -d: -f6) runuser -u "$owner" -- make --no-print-directory setup api.key
-id "$user" > /dev/null 2>&1 || useradd --system --no-create-home "$user"
-runuser -u "$user" -- test -x .venv/bin/python || {
-    echo "The service's user, $user, can't read this folder: move it, to /opt for example"
+runuser -u "$user" -- "$PWD/.venv/bin/python" -c "" || {
+    echo "The service's user, $user, can't run this Python: make clean, and install again with PYTHON=/usr/bin/python3"
     exit 1
 }
 [ -z "${API_KEY:-}" ] || printf '%s\n' "$API_KEY" > api.key
@@ -52,3 +58,12 @@ write_units
 systemctl daemon-reload
 systemctl enable facerecognition.{socket,service}
 systemctl restart facerecognition.{socket,service}
+address=${HOST:-localhost}
+[[ $address != *:* ]] || address="[$address]"
+if curl -sf -m 60 -o /dev/null "http://$address:${PORT:-5000}/welcome"; then
+    echo "The service runs now, and after every boot: journalctl -fu facerecognition"
+else
+    echo "The service does not answer.  Its journal says:"
+    journalctl -u facerecognition -n 10 --no-pager -o cat
+    exit 1
+fi

@@ -2,7 +2,7 @@
 # Starts the image's command.  As root it reads the key, which may be root's alone, and goes on as the
 # user facerecognition; or as it is, if it has no capability to change the user (--cap-drop ALL).
 if [ "$(id -u)" = 0 ]; then
-    if [ -z "$API_KEY" ] && [ -s api.key ]; then
+    if [ -z "$API_KEY" ] && [ -f api.key ]; then
         API_KEY=$(cat api.key)
         export API_KEY
     fi

