@@ -13,14 +13,14 @@ WORKDIR /app
 COPY vendor/requirements.lock vendor/
 RUN python3 -m venv .venv && .venv/bin/pip install -q --require-hashes -r vendor/requirements.lock
 
-# In the order of how seldom they change.
+COPY vendor/environment.py vendor/
+COPY vendor/dlib vendor/dlib/
+RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-deps vendor/wheels/*.whl \
+    && .venv/bin/pip uninstall -qy pip && rm .venv/pip.log
 COPY vendor/models.* vendor/
 ARG MODELS="1 2 3 4"
 ARG MODELS_FROM=github
 RUN python3 vendor/models.py $MODELS
-COPY vendor vendor/
-RUN vendor/dlib/build.sh wheel vendor/wheels && .venv/bin/pip install -q --no-deps vendor/wheels/*.whl \
-    && .venv/bin/pip uninstall -qy pip && rm .venv/pip.log
 
 
 # For a release: docker build --target wheel --output wheels --build-arg MODELS= .

@@ -28,8 +28,8 @@ def test_endpoints_and_statuses():
     api = " ".join(cells("API"))
     for path in re.findall(r'@service\.\w+\("(/\w+)"\)', SOURCE):
         assert path in api
-    raised = re.findall(r"\babort\(\s*(\d+)|\bstatus=(\d+)", SOURCE)
-    raised += re.findall(r'"status": (\d+)|\bRefusal\((\d+)', DECODING)
+    raised = re.findall(r"\babort\(\s*(\d+)|\bstatus_code = (\d+)", SOURCE)
+    raised += re.findall(r"\bRefusal\(\s*(\d+)()", DECODING)
     statuses = {"".join(status) for status in raised}
     assert {"400", "401", "412", "413", "415", "500", "507"} == statuses
     for status in statuses:

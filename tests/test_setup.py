@@ -41,6 +41,27 @@ def copy(tmp_path):
     return place
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        *((None, "API_KEY is not set, and there is no file"), (b" \n", "is empty")),
+        *((b"two words", "more than one word"), (b"\xff\xfe", "can't be read")),
+        *(("folder", "is a folder"), (module.EXAMPLE_KEY.encode(), "the example's")),
+    ],
+)
+def test_what_is_wrong_with_a_key_is_said(tmp_path, monkeypatch, content, words):
+    monkeypatch.delenv("API_KEY", raising=False)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    if content == "folder":
+        (tmp_path / "api.key").mkdir()
+    elif content is not None:
+        (tmp_path / "api.key").write_bytes(content)
+    with pytest.raises(SystemExit) as refusal:
+        module.read_api_key()
+    said = refusal.value.code
+    assert words in said and "openssl rand" in said and "\n" not in said
+
+
 def refuses(place, words, **settings):
     status, said = run(*SERVE, cwd=place, PORT=str(free_port()), **settings)
     assert status == 1 and words in said.splitlines()[-1], said
@@ -107,11 +128,12 @@ def download(tmp_path, github):
     table = {"models": {"1": ["a"], "2": ["a"]}, "files": {"a": known}}
     (tmp_path / "models.json").write_text(json.dumps(table))
     command = "import models, sys; models.GITHUB, models.DETECTOR = sys.argv[1], 'a'"
-    command += "; models.main(sys.argv[2:])"
+    command += "; models.CURL = models.CURL.replace('--retry 2', sys.argv[2])"
+    command += "; models.main(sys.argv[3:])"
 
-    def download(*models, server=github.url, **settings):
+    def download(*models, server=github.url, retry="--retry 0", **settings):
         settings.setdefault("PIP_INDEX_URL", github.url)
-        arguments = (sys.executable, "-c", command, server, *models)
+        arguments = (sys.executable, "-c", command, server, retry, *models)
         return run(*arguments, cwd=tmp_path, **settings)
 
     download.store = tmp_path / "models"
@@ -153,7 +175,7 @@ def test_files_are_stored_once_and_linked(download, github):
 @pytest.mark.parametrize("status", [404, 500, 206])
 def test_a_download_is_tried_again(download, github, status):
     github.answers = [(status, b"x"), WHOLE]
-    assert download("1")[0] == 0 and len(github.asked) == 2
+    assert download("1", retry="--retry 2")[0] == 0 and len(github.asked) == 2
 
 
 DAMAGED = [WHOLE[1][:-9], b"other", bz2.compress(b"other")]
