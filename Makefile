@@ -43,7 +43,7 @@ setup: download-models ## install what is missing, and download FACE_MODEL's fil
 	@echo "$(if $(filter prebuilt,$(DLIB)),$(SLOW),Ready: model $(MODELS), dlib $(DLIB))"
 
 test bench memory: MODELS := 1 2 3 4
-test bench memory engine docker-test: ALSO := $(VENV)/installed-tests tests/photos
+test bench memory engine show docker-test: ALSO := $(VENV)/installed-tests tests/photos
 test: setup ## run all tests, or those of PYTEST="-k load"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -rs tests $(PYTEST)
@@ -66,6 +66,10 @@ memory: setup ## measure the memory of each model
 engine: setup ## check our engine's parts, on each level of CPU that can be run here
 	@tests/tools/engine.sh
 
+show: MODELS := 1 3
+show: setup ## draw what MODELS="1 3" find in PHOTO=family.jpg at AREAS="1 4" megapixels
+	@$(TOOL)/show.py "$(PHOTO)" "$(MODELS)" "$(or $(AREAS),1 4)"
+
 fresh-test: ## as root: run all tests as a user of a bare Debian, BASE=trixie or bookworm
 	@tests/tools/fresh.sh $(or $(BASE),trixie)
 
@@ -78,7 +82,7 @@ clean: ## delete everything that make has made here, except api.key
 	rm -rf $(VENV)/whole $(VENV) vendor/models vendor/wheels vendor/build tests/photos
 	find . \( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache \) -prune -exec rm -rf {} +
 
-.PHONY: help serve setup test download-models install uninstall bench memory engine fresh-test \
+.PHONY: help serve setup test download-models install uninstall bench memory engine show fresh-test \
 	docker-test clean always
 
 # What setup makes, one make at a time.
