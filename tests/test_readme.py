@@ -21,7 +21,7 @@ def cells(section):
 def test_settings():
     named = re.findall(r"\b[A-Z]+_[A-Z_]+\b|\bHOST\b|\bPORT\b", module.__doc__)
     named += ["DLIB_NUM_THREADS", "FACES_CPU", "TMPDIR"]
-    assert {c for c in cells("Settings") if c.isupper()} == set(named)
+    assert {c for c in cells("Settings") if re.fullmatch("[A-Z_]+", c)} == set(named)
 
 
 def test_endpoints_and_statuses():
@@ -69,7 +69,7 @@ def test_links(page):
 
 
 def test_length():
-    assert len(README.split()) <= 2400
+    assert len([word for word in README.split() if word.strip("|-")]) <= 2200
 
 
 def test_the_apps_link_has_its_anchor():
