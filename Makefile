@@ -64,7 +64,7 @@ memory: setup ## measure the memory of each model
 	@$(TOOL)/memory.py
 
 engine: setup ## check our engine's parts, on each level of CPU that can be run here
-	@tests/tools/engine.sh
+	@tests/tools/engine.sh $(QUICK)
 
 show: MODELS := 1 3
 show: setup ## draw what MODELS="1 3" find in PHOTO=family.jpg at AREAS="1 4" megapixels
