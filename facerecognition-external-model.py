@@ -230,7 +230,7 @@ def detect_faces(models, pixels):
     ``pixels`` is a uint8 array of shape (height, width, 3).  Returns a list of pairs, a
     ``dlib.rectangle`` in pixels and a confidence, in the detector's order.
     """
-    if min(pixels.shape[:2]) < 10:  # dlib's CNN crashes on narrower images
+    if min(pixels.shape[:2]) < 10:  # stock dlib's CNN crashes
         return []
     if not models.cnn:
         return [(box, 1.1) for box in models.hog(pixels, 1)]  # HOG has no confidence

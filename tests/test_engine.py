@@ -35,7 +35,8 @@ def faces(*emulator, level=""):
     """Return the level of CPU and the faces that another process finds."""
     done = subprocess.run(
         [*emulator, sys.executable, "-c", FACES],
-        env=os.environ | {"FACES_CPU": level},
+        # What numpy may be told of this CPU is not true of an emulated one.
+        env=os.environ | {"FACES_CPU": level, "OPENBLAS_CORETYPE": ""},
         capture_output=True,
         text=True,
         check=False,

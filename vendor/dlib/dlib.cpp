@@ -6,7 +6,3 @@
 #include <dlib/threads/thread_pool_extension.cpp>
 #include <dlib/threads/threads_kernel_2.cpp>
 #include <dlib/threads/threads_kernel_shared.cpp>
-
-// Of dlib/cuda/cpu_dlib.cpp, all that reading the networks needs.  Nothing is computed with it.
-#include <dlib/cuda/cpu_dlib.h>
-dlib::cpu::pooling::pooling() {}

@@ -149,6 +149,8 @@ std::vector<mmod_rect> face_detector::find_faces(const planes<float>& scores, co
 
 std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
 {
+    if (std::min(photo.rows, photo.columns) < least_side)
+        return {};
     long rows, columns;
     std::vector<rectangle> levels;
     impl::compute_tiled_image_pyramid_details(pyramid_type(), photo.rows, photo.columns, net.padding, net.outer_padding,

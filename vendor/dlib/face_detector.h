@@ -15,8 +15,7 @@ class face_detector
 public:
     explicit face_detector(const std::string& file);
 
-    // The faces of an image of at least 10 x 10 pixels, as dlib's pyramid divides by zero below: boxes in its pixels and
-    // confidences above 0, the surest first.
+    // The faces of an image: boxes in its pixels and confidences above 0, the surest first.
     std::vector<dlib::mmod_rect> operator()(const rgb_view& photo);
 
 private:

@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+// Narrower images have no faces: dlib's pyramids divide by zero there.
+const long least_side = 10; // pixels
+
 // An image in somebody else's memory, row by row without gaps.  It has dlib's generic image interface.
 struct rgb_view
 {

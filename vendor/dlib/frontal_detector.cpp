@@ -180,6 +180,8 @@ frontal_detector::frontal_detector() : impl(std::make_shared<implementation>()) 
 // scores of the level before and the image of the next are, too, so that threads seldom wait for each other.
 std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const int times_doubled) const
 {
+    if (std::min(photo.rows, photo.columns) < least_side)
+        return {};
     buffer<unsigned char> image_memory[2];
     planes<unsigned char> image = planes_of(photo, image_memory[0]);
     int next = 1; // of the two

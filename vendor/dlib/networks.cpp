@@ -1,116 +1,208 @@
 #include "networks.h"
-#include <algorithm>
-#include <dlib/dnn.h>
+#include <cmath>
+#include <dlib/serialize.h>
+#include <fstream>
 
 using namespace dlib;
 
 namespace
 {
-    // As in dlib's tools/python/src/cnn_face_detector.cpp
-    template <long num_filters, typename SUBNET>
-    using con5d = con<num_filters, 5, 5, 2, 2, SUBNET>;
-    template <long num_filters, typename SUBNET>
-    using con5 = con<num_filters, 5, 5, 1, 1, SUBNET>;
-    template <typename SUBNET>
-    using downsampler = relu<affine<con5d<32, relu<affine<con5d<32, relu<affine<con5d<16, SUBNET>>>>>>>>>;
-    template <typename SUBNET>
-    using rcon5 = relu<affine<con5<45, SUBNET>>>;
-    using detector_type = loss_mmod<
-        con<1, 9, 9, 1, 1, rcon5<rcon5<rcon5<downsampler<input_rgb_image_pyramid<pyramid_down<6>>>>>>>>;
-
-    // As in dlib's tools/python/src/face_recognition.cpp
-    template <template <int, template <typename> class, int, typename> class block, int N, template <typename> class BN, typename SUBNET>
-    using residual = add_prev1<block<N, BN, 1, tag1<SUBNET>>>;
-    template <template <int, template <typename> class, int, typename> class block, int N, template <typename> class BN, typename SUBNET>
-    using residual_down = add_prev2<avg_pool<2, 2, 2, 2, skip1<tag2<block<N, BN, 2, tag1<SUBNET>>>>>>;
-    template <int N, template <typename> class BN, int stride, typename SUBNET>
-    using block = BN<con<N, 3, 3, 1, 1, relu<BN<con<N, 3, 3, stride, stride, SUBNET>>>>>;
-    template <int N, typename SUBNET>
-    using ares = relu<residual<block, N, affine, SUBNET>>;
-    template <int N, typename SUBNET>
-    using ares_down = relu<residual_down<block, N, affine, SUBNET>>;
-    template <typename SUBNET>
-    using level0 = ares_down<256, SUBNET>;
-    template <typename SUBNET>
-    using level1 = ares<256, ares<256, ares_down<256, SUBNET>>>;
-    template <typename SUBNET>
-    using level2 = ares<128, ares<128, ares_down<128, SUBNET>>>;
-    template <typename SUBNET>
-    using level3 = ares<64, ares<64, ares<64, ares_down<64, SUBNET>>>>;
-    template <typename SUBNET>
-    using level4 = ares<32, ares<32, ares<32, SUBNET>>>;
-    using describer_type = loss_metric<fc_no_bias<128, avg_pool_everything<level0<level1<level2<level3<level4<
-        max_pool<3, 3, 2, 2, relu<affine<con<32, 7, 7, 2, 2, input_rgb_image_sized<150>>>>>>>>>>>>>;
-
-    // Collects the convolutions of one of dlib's networks, which it visits from the last layer to the first.
-    class filter_collector
+    // The values of a file, in the order in which deserialize() of dlib's dnn/core.h, layers.h, input.h and loss.h reads
+    // them.  Instantiating the networks for that would take longer to compile than all else here.
+    class reader
     {
     public:
-        explicit filter_collector(std::vector<filter_bank>& collected) : collected(collected) {}
-
-        template <typename layer>
-        void operator()(size_t, layer&) {}
-
-        void operator()(size_t, affine_& affine)
+        explicit reader(const std::string& file) : in(file, std::ios::binary)
         {
-            const auto g = affine.get_gamma(), b = affine.get_beta();
-            gamma.assign(g.host(), g.host() + g.size());
-            beta.assign(b.host(), b.host() + b.size());
+            if (!in)
+                throw serialization_error("it can't be opened");
         }
 
-        template <long num, long nr, long nc, int stride_y, int stride_x, int padding_y, int padding_x>
-        void operator()(size_t, con_<num, nr, nc, stride_y, stride_x, padding_y, padding_x>& con)
+        template <typename T>
+        T read()
         {
-            static_assert(nr == nc && stride_y == stride_x && padding_y == padding_x, "Filters are square.");
-            const tensor& params = con.get_layer_params(); // filters, then biases
-            filter_bank filters = {con.num_filters(), 0, nr, stride_y, con.padding_y(), {}, {}};
-            const long size = params.size() / filters.num - 1; // of a filter
-            filters.depth = size / (nr * nc);
-            filters.values.assign(params.host(), params.host() + filters.num * size);
-            filters.biases.assign(params.host() + filters.num * size, params.host() + params.size());
-            for (size_t f = 0; f < gamma.size(); ++f)
-            {
-                for (long i = 0; i < size; ++i)
-                    filters.values[f * size + i] *= gamma[f];
-                filters.biases[f] = filters.biases[f] * gamma[f] + beta[f];
-            }
-            gamma.clear();
-            collected.push_back(std::move(filters));
+            T value;
+            deserialize(value, in);
+            return value;
         }
+
+        template <typename T>
+        void skip(const int num)
+        {
+            for (int i = 0; i < num; ++i)
+                read<T>();
+        }
+
+        void skip_aliases(const int num) { skip<long>(5 * num); } // version and shape of a tensor's part
+
+        std::vector<float> tensor()
+        {
+            long size = 1;
+            read<long>(); // version
+            for (int i = 0; i < 4; ++i)
+                size *= read<long>();
+            std::vector<float> values(size);
+            in.read(reinterpret_cast<char*>(values.data()), size * sizeof(float)); // little-endian, as the CPUs here
+            if (!in)
+                throw serialization_error("it is cut short");
+            return values;
+        }
+
+        // The name of the input.  Before it stand the versions of all layers, from the last to the first.
+        std::string past_versions()
+        {
+            long number = read<long>();
+            while (number < 4)
+                number = read<long>();
+            std::string name(number, ' ');
+            in.read(&name[0], number);
+            return name;
+        }
+
+        bool at_end() { return in.peek() == EOF; }
 
     private:
-        std::vector<filter_bank>& collected;
-        std::vector<float> gamma, beta; // of the affine layer above
+        std::ifstream in;
     };
 
-    // The convolutions of a network, in the order of the data.
-    template <typename network>
-    std::vector<filter_bank> filters_of(network& net)
+    filter_bank read_convolution(reader& in)
     {
-        std::vector<filter_bank> filters;
-        visit_computational_layers(net, filter_collector(filters));
-        std::reverse(filters.begin(), filters.end());
+        filter_bank filters;
+        filters.values = in.tensor(); // and then the biases
+        filters.num = in.read<long>();
+        filters.size = in.read<long>();
+        const long columns = in.read<long>();
+        filters.stride = in.read<long>();
+        in.skip<long>(1);
+        filters.padding = in.read<long>();
+        in.skip<long>(1);
+        in.skip_aliases(2);
+        in.skip<double>(4); // for training
+        if (columns != filters.size || filters.num < 1)
+            throw serialization_error("its filters are not square");
+        filters.depth = (filters.values.size() / filters.num - 1) / (columns * columns);
+        filters.biases.assign(filters.values.end() - filters.num, filters.values.end());
+        filters.values.resize(filters.values.size() - filters.num);
         return filters;
+    }
+
+    // Gamma and beta of each plane, from an affine layer or from the batch normalization it was trained as.
+    std::vector<float> read_affine(reader& in, const bool normalization)
+    {
+        std::vector<float> params = in.tensor();
+        in.skip_aliases(2);
+        if (!normalization)
+        {
+            in.skip<long>(1);
+            return params;
+        }
+        in.tensor();
+        in.tensor();
+        const auto means = in.tensor(), variances = in.tensor();
+        in.skip<long>(2);
+        in.skip<double>(4);
+        const float epsilon = in.read<double>();
+        for (size_t i = 0; i < means.size(); ++i)
+        {
+            params[i] /= std::sqrt(variances[i] + epsilon);
+            params[means.size() + i] -= params[i] * means[i];
+        }
+        return params;
+    }
+
+    // Reads all layers, in the order of the data.  last is that of fc, if there is one.
+    std::vector<filter_bank> read_layers(reader& in, std::vector<float>* last = nullptr)
+    {
+        std::vector<filter_bank> layers;
+        while (!in.at_end())
+        {
+            const bool first = layers.empty();
+            const auto name = in.read<std::string>();
+            if (name == "con_4")
+                layers.push_back(read_convolution(in));
+            else if (!first && (name == "affine_" || name == "bn_con2"))
+            {
+                filter_bank& filters = layers.back();
+                const auto params = read_affine(in, name == "bn_con2");
+                const long size = filters.values.size() / filters.num;
+                for (long f = 0; f < filters.num; ++f)
+                {
+                    for (long i = 0; i < size; ++i)
+                        filters.values[f * size + i] *= params[f];
+                    filters.biases[f] = filters.biases[f] * params[f] + params[filters.num + f];
+                }
+            }
+            else if (name == "max_pool_2" || name == "avg_pool_2")
+                in.skip<long>(6);
+            else if (last && name == "fc_2")
+            {
+                in.skip<long>(2);
+                *last = in.tensor();
+                in.skip_aliases(2);
+                in.skip<long>(1);
+                in.skip<double>(4);
+            }
+            else if (name != "relu_" && name != "add_prev_")
+                throw serialization_error("it has a layer " + name);
+            in.skip<bool>(3);
+            for (int i = 0; i < 3; ++i)
+                in.tensor(); // gradients, which are empty
+            if (first)
+                in.skip<long>(1);
+        }
+        return layers;
+    }
+
+    // What read returns, or an error that names the file.
+    template <typename T>
+    auto from_file(const std::string& file, const std::string& kind, const T& read)
+    {
+        try
+        {
+            reader in(file);
+            in.skip<long>(1);
+            if (in.read<std::string>() != kind)
+                throw serialization_error("it is of another kind");
+            return read(in);
+        }
+        catch (const std::exception& e)
+        {
+            throw error(file + " can't be read: " + e.what());
+        }
     }
 }
 
 detector_network load_detector(const std::string& file)
 {
-    detector_type net;
-    deserialize(file) >> net;
-    const auto& input = input_layer(net);
-    const mmod_options& options = net.loss_details().get_options();
-    if (options.detector_windows.size() != 1 || options.use_bounding_box_regression)
-        throw error(file + " is no detector of this kind.");
-    return {filters_of(net), {{input.get_avg_red(), input.get_avg_green(), input.get_avg_blue()}},
-        input.get_pyramid_padding(), input.get_pyramid_outer_padding(), options.detector_windows[0].width,
-        options.detector_windows[0].height, options.overlaps_nms};
+    return from_file(file, "loss_mmod_", [](reader& in) {
+        detector_network net;
+        if (in.read<long>() != 1)
+            throw serialization_error("it has another version");
+        net.face_width = in.read<long>();
+        net.face_height = in.read<long>();
+        in.skip<double>(3); // for training
+        net.overlaps = in.read<test_box_overlap>();
+        in.skip<test_box_overlap>(1);
+        if (in.past_versions() != "input_rgb_image_pyramid")
+            throw serialization_error("it has another input");
+        for (float& average : net.average)
+            average = in.read<float>();
+        net.padding = 10; // as dlib has it for this version
+        net.outer_padding = 11;
+        net.layers = read_layers(in);
+        return net;
+    });
 }
 
 describer_network load_describer(const std::string& file)
 {
-    describer_type net;
-    deserialize(file) >> net;
-    const tensor& last = layer<1>(net).layer_details().get_layer_params();
-    return {filters_of(net), {last.begin(), last.end()}};
+    return from_file(file, "loss_metric_2", [](reader& in) {
+        describer_network net;
+        in.skip<double>(2); // for training
+        in.past_versions();
+        in.skip<float>(3);
+        in.skip<long>(2);
+        net.layers = read_layers(in, &net.last);
+        return net;
+    });
 }

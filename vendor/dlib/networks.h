@@ -7,7 +7,7 @@
 #include <string>
 
 // What dlib's two networks were trained to, read from their files.  An affine layer after a convolution is folded into
-// its filters.  Both throw dlib::serialization_error or dlib::error if a file is another's.
+// its filters.  Both throw dlib::error, which names the file, if it is not the one that the app uses.
 
 // Of dlib's cnn_face_detection_model_v1.
 struct detector_network
