@@ -7,7 +7,7 @@
 # root types the README's line of packages.  Of this machine it has the network, and whom to trust.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-base=$1 here=$PWD
+base=$1
 cache=/var/cache/facerecognition-fresh
 [ "$(id -u)" = 0 ] || { echo "Only root can do that: sudo make fresh-test"; exit 1; }
 command -v debootstrap > /dev/null || { echo "debootstrap is missing: apt install debootstrap"; exit 1; }
@@ -16,7 +16,7 @@ command -v debootstrap > /dev/null || { echo "debootstrap is missing: apt instal
 if [ $# = 1 ]; then
     root=$(mktemp -d -p /var/tmp fresh.XXXXXX)
     unshare --mount --pid --fork --kill-child "$0" "$base" "$root" &
-    trap 'kill -KILL $! 2> /dev/null || true; rm -rf "$root"' EXIT
+    trap '{ kill -KILL $!; wait $!; } 2> /dev/null || true; rm -rf "$root"' EXIT
     trap 'exit 130' INT TERM HUP
     wait $!
     exit
@@ -40,6 +40,7 @@ cat /etc/hosts > "$root/etc/hosts"
 apt-config dump 2> /dev/null | grep -i '^acquire::https\?::proxy' > "$root/etc/apt/apt.conf.d/proxy" || true
 : "${PIP_INDEX_URL:=$(python3 -m pip config get global.index-url 2> /dev/null || true)}"
 useradd --root "$root" --create-home --shell /bin/bash newcomer
+commit=$(git rev-parse HEAD)  # the last one may be another, later
 cp -r .git "$root/var/tmp/repository.git"
 chroot "$root" chown -R newcomer /var/tmp/repository.git
 
@@ -63,6 +64,6 @@ inside --userspec=newcomer "$root" << END
 cd ~
 git clone -q /var/tmp/repository.git facerecognition-external-model
 cd facerecognition-external-model
-git checkout -q $(git rev-parse HEAD)
+git checkout -q $commit
 make test
 END
