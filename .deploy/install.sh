@@ -60,7 +60,7 @@ systemctl enable facerecognition.{socket,service}
 systemctl restart facerecognition.{socket,service}
 address=${HOST:-localhost}
 [[ $address != *:* ]] || address="[$address]"
-if curl -sf -m 60 -o /dev/null "http://$address:${PORT:-5000}/welcome"; then
+if curl -sf --noproxy '*' -m 60 -o /dev/null "http://$address:${PORT:-5000}/welcome"; then
     echo "The service runs now, and after every boot: journalctl -fu facerecognition"
 else
     echo "The service does not answer.  Its journal says:"

@@ -50,6 +50,8 @@ def make():
         sys.exit(f"{sys.executable} is older than Python 3.11: make PYTHON=python3.13")
     if not importlib.util.find_spec("ensurepip"):
         sys.exit("Python's venv is missing: apt install python3-venv")
+    if not os.access(VENV.parent, os.W_OK):  # venv itself tells no more than that
+        raise PermissionError
     print("Making a virtual environment in .venv", flush=True)
     WHOLE.unlink(missing_ok=True)
     command = [sys.executable, "-m", "venv", "--clear", VENV]
@@ -108,7 +110,7 @@ if __name__ == "__main__":
             make()
     except PermissionError:
         sys.exit(
-            f"{VENV.parent} is another user's: sudo chown -R $(id -un) {VENV.parent}"
+            f"{VENV.parent} is another user's: sudo chown -R $(id -un) '{VENV.parent}'"
         )
     except KeyboardInterrupt:
         sys.exit(130)

@@ -58,10 +58,17 @@ def missing(files):
     return [file for file in files if training(file) not in accepted]
 
 
+def answers(url):
+    ask = ["curl", "-sI", "--connect-timeout", "30", "-o", os.devnull, url]
+    return subprocess.run(ask, check=False).returncode == 0
+
+
 def download(url, quietly=False):
     """Return a file with what is at an address, or None if nothing answers there."""
     file = PART / "download"
-    show = "-#" if sys.stderr.isatty() and not quietly else "-s"
+    # If nothing answers, curl would tell it in six lines, beside the bar.
+    bar = sys.stderr.isatty() and not quietly and answers(url)
+    show = "-#" if bar else "-s"
     command = [*CURL.split(), show, "-o", file, url]
     curl = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if curl.returncode == 60:  # a certificate that can't be verified
