@@ -14,7 +14,23 @@ import struct
 import sys
 from contextlib import suppress
 
+from gunicorn.workers.gthread import ThreadWorker
+
 SILENCE = 60  # seconds after which a silent client is dropped
+
+
+class Worker(ThreadWorker):
+    """gunicorn's gthread, which does not wait for clients to close."""
+
+    def handle(self, conn):
+        kept = super().handle(conn)
+        if not kept:  # else gunicorn's main thread reads for 2 s, and accepts nobody
+            with suppress(OSError):
+                conn.sock.shutdown(socket.SHUT_RD)
+        return kept
+
+
+worker_class = Worker
 
 wsgi_app = "facerecognition-external-model:create_app()"
 workers = 1
@@ -88,12 +104,6 @@ def post_worker_init(worker):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the main process gets it, too
 
 
-def post_request(worker, request, environ, answer):
-    # Read no more: else gunicorn's main thread waits 2 s for the client to close.
-    with suppress(KeyError, OSError):
-        environ["gunicorn.socket"].shutdown(socket.SHUT_RD)
-
-
 def in_one_line(record):
     """Have gunicorn log a client's errors in one line, without what it sent."""
     record.msg, record.args = record.getMessage(), ()
@@ -109,5 +119,5 @@ logging.getLogger("gunicorn.error").addFilter(in_one_line)
 # A wrong setting ends the main process here, not one worker after another.
 service = importlib.import_module("facerecognition-external-model")
 at_once = service.checked_settings()["PHOTOS_AT_ONCE"]
-threads = worker_connections = connections(at_once)  # its worker class is gthread then
+threads = worker_connections = connections(at_once)
 bind = listen(os.environ.get("HOST", ""), service.whole_number("PORT", 5000, 65535))

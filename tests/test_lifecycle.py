@@ -216,13 +216,18 @@ def test_systemd_starts_it(start):
 
 
 def test_600_silent_clients_delay_nobody_and_are_dropped(start, silence):
-    """With nothing at all, or half a body; each is at most a line in the log."""
+    """With nothing at all, half a head, or half a body, and whether they close or not.
+
+    Each is at most a line in the log.
+    """
     service, whole = start(command=silence(4)), upload(SMALL)
     lines = len(service.log().splitlines())
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(600)]
         for i, client in enumerate(silent):
-            client.sendall(whole[: i % 2 * 1000])
+            client.sendall(whole[: (0, 100, 1000)[i % 3]])
+        assert shared.is_not_delayed(service)
+        time.sleep(4)
         assert shared.is_not_delayed(service)
         for client in silent:
             with suppress(ConnectionResetError):
@@ -231,6 +236,16 @@ def test_600_silent_clients_delay_nobody_and_are_dropped(start, silence):
         assert shared.is_not_delayed(service)
     assert len(service.log().splitlines()) < lines + 600 + 20
     assert "Traceback" not in service.log() and KEY not in service.log()
+
+
+def test_more_silent_clients_than_there_can_be_threads(start, silence):
+    service = start(command=silence(1), processes=60)
+    worker = service.worker()
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(service.connect()).sendall(b"GET /he")
+        assert service.detect(SMALL)[0] == 200
+    assert service.worker() == worker
 
 
 def test_a_client_that_waits_for_its_answer_is_not_silent(start, silence):

@@ -280,12 +280,9 @@ def test_disk_refused_as_it_is_full_or_read_only(start, tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize(
-    "limit", [{"prefix": ["prlimit", "--nofile=256"]}, {"processes": 60}]
-)
-def test_more_connections_than_files_or_threads_there_may_be(start, limit):
+def test_more_connections_than_files_may_be_open(start):
     """They wait, or are dropped; photos are answered meanwhile and afterwards."""
-    service = start(**limit)
+    service = start(prefix=["prlimit", "--nofile=256"])
     worker = service.worker()
     with ExitStack() as stack, ThreadPoolExecutor(3) as clients:
         answers = [clients.submit(service.detect, LARGE) for _ in range(6)]

@@ -110,7 +110,7 @@ class Decoder:
             except ConnectionError as error:
                 log.warning("%s: the photo is tried again", error)
                 killed = error
-        if isinstance(killed, Killed):
+        if isinstance(killed, ConnectionAbortedError):
             raise Refusal(412, TOO_MUCH.format("memory"))
         raise killed
 
@@ -156,10 +156,6 @@ class Decoder:
             )
 
 
-class Killed(ConnectionError):
-    """A decoder was killed from outside, as the system does it for want of memory."""
-
-
 def read_answer(answer, until, region, pixels, border):
     """Return what a decoder answers, raise its ``Refusal``, or ``EOFError`` if it ends.
 
@@ -199,7 +195,7 @@ def reason_of(ending):
     if not signalled:
         return ConnectionResetError("The decoders' fork server has ended")
     if signalled[0] == signal.SIGKILL:
-        return Killed("A decoder was killed")
+        return ConnectionAbortedError("A decoder was killed")
     if signalled[0] in (0, signal.SIGXCPU):  # 0 as it could not even refuse the photo
         return Refusal(412, TOO_MUCH.format("time" if signalled[0] else "memory"))
     return Refusal(400, CRASH.format(signal.strsignal(signalled[0])))
@@ -285,7 +281,7 @@ def decode(photo, answer, wall, region, memory, pixels, border):
         limit(resource.RLIMIT_AS, memory)
         limit(resource.RLIMIT_CPU, SECONDS)
         shut_in(wall)
-        errno_of_libc().contents.value = 0
+        libc.__errno_location()[0] = 0
         image = open_image(file)
         width, height = image.size
         left, top, right, bottom = part = within(region, width, height)
@@ -320,15 +316,15 @@ def refusal(error):
     """Return the status and the reason of a photo whose decoding has raised this."""
     if isinstance(error, Refusal):
         return error.args
-    # A library's refusal to go on without memory can look like a broken image.
-    if isinstance(error, MemoryError) or errno_of_libc().contents.value == errno.ENOMEM:
+    if memory_ran_out(error):
         return 412, TOO_MUCH.format("memory")
     return 400, f"The image can't be decoded: {error}."
 
 
-def errno_of_libc():
-    """Return a pointer to errno, as the C library or one of Pillow's has left it."""
-    return libc.__errno_location()
+def memory_ran_out(error):
+    """Return whether memory was refused: a library that gets none can say that the image is
+    broken, but errno stays as the C library has left it."""
+    return isinstance(error, MemoryError) or libc.__errno_location()[0] == errno.ENOMEM
 
 
 def open_image(file):
