@@ -13,7 +13,7 @@ import pytest
 import shared
 from PIL import Image
 from shared import SMALL, App, children, encoded, module, refused, wait_for
-from test_images import LONG, chunk, segment, tiny
+from test_images import LONG, chunk, pixels, segment, tiny
 
 from vendor import decoding
 
@@ -197,6 +197,26 @@ FILES = ["(deleted)", "(deleted)", "/dev/null", "/dev/null", "socket"]
 def kinds_of_files(process):
     links = [os.readlink(file) for file in (process / "fd").iterdir()]
     return sorted(link.split(":")[0].split()[-1] for link in links)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"format": format} for format in ("PNG", "GIF", "BMP", "WEBP")),
+        *({"format": "WEBP", "lossless": True}, {"progressive": True}),
+    ],
+    ids=str,
+)
+def test_412_for_want_of_memory_whatever_a_library_says(options):
+    """Libraries that get none call the image broken."""
+    content, refusals = encoded(shared.scaled(shared.picture(), 2), **options), []
+    for megabytes in range(1, 100, 3):
+        try:
+            pixels(content, memory=megabytes << 20)
+        except decoding.Refusal as refusal:
+            refusals.append(refusal.args)
+    assert 3 < len(refusals) < 30
+    assert {status for status, _ in refusals} == {412}, refusals
 
 
 def crafted():
