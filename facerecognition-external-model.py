@@ -69,11 +69,9 @@ MOST_BYTES = {"/detect": 64 << 20, "/compute": 512 << 20}  # of a request
 MOST_OBJECTS = 500  # and lists in a face: how deep they nest would depend on Python
 URL = "https://github.com/freakdude/facerecognition-external-model.git"
 EXAMPLE_KEY = "put-the-output-of-openssl-rand-base64-32-here"  # as in api.key.example
-# A grey BMP of 64 x 64 pixels.
-EXAMPLE_PHOTO = b"BM" + struct.pack(
-    "<6I2H6I", 12342, 0, 54, 40, 64, 64, 1, 24, *[0] * 6
-)
-EXAMPLE_PHOTO += bytes([128]) * (64 * 64 * 3)
+# A black BMP of 64 x 64 pixels.
+BMP_HEAD = struct.pack("<6I2H6I", 12342, 0, 54, 40, 64, 64, 1, 24, *[0] * 6)
+EXAMPLE_PHOTO = b"BM" + BMP_HEAD + bytes(64 * 64 * 3)
 
 
 @cache
@@ -84,9 +82,7 @@ def checked_settings():
     """
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
     if os.environ.get("FACE_MODEL", "").strip() == "5":
-        sys.exit(
-            "FACE_MODEL is 5, as Nextcloud calls this service: choose from 1 to 4."
-        )
+        sys.exit("FACE_MODEL is 5, as Nextcloud calls this service: give 1 to 4.")
     face_model = whole_number("FACE_MODEL", 1, largest=4)
     # From all the memory there is, not from what is free: the app's jobs stop if the
     # area is smaller after a restart than what its admin has set.
@@ -200,9 +196,7 @@ def check_model_files(model):
         if not (found := training(file)):
             get = f"make FACE_MODEL={model} setup"
             if not (HERE / "Makefile").exists():  # in an image
-                get = (
-                    f"docker build --build-arg MODELS={model} -t facerecognition {URL}"
-                )
+                get = f"docker build --build-arg MODELS={model} -t faces {URL}"
             sys.exit(f"{file} is missing or damaged: {get}")
         if found == "later":
             log.warning("%s is a later training: boxes differ by some pixels.", file)

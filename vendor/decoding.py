@@ -161,9 +161,8 @@ def read_answer(answer, until, region, pixels, border):
 
     What no decoder answers that is in its senses is taken for a crash.
     """
-    status, width, height = ANSWER.unpack(
-        receive(answer, bytearray(ANSWER.size), until)
-    )
+    head = receive(answer, bytearray(ANSWER.size), until)
+    status, width, height = ANSWER.unpack(head)
     if status == 200 and width and height:
         left, top, right, bottom = part = within(region, width, height)
         if not exceeds(part, pixels, border):
@@ -415,9 +414,8 @@ LOAD, EQUAL, RETURN, ALLOW, REFUSE = 0x20, 0x15, 0x06, 0x7FFF0000, 0x50000 | err
 
 def can_shut_in():
     """Return whether the system has what ``shut_in`` needs."""
-    libc.prctl(
-        PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None
-    )  # only asks: there is no filter
+    # This only asks, as there is no filter: EFAULT is a yes.
+    libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None)
     return MACHINE in CALLS and ctypes.get_errno() == errno.EFAULT
 
 
