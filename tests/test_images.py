@@ -94,6 +94,12 @@ def chunk(kind, data, wrong=0):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
+def png_of(side):
+    """A black and white PNG of side x side pixels that has only the first of them."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", LONG) + chunk(b"IEND", b"")
+
+
 def segment(kind, data):
     return bytes([0xFF, kind]) + struct.pack(">H", len(data) + 2) + data
 

@@ -81,7 +81,8 @@ def test_load(start):
 
     before, after = run(100), run(100)
     assert after[0] < before[0] + 40  # where a leak of 1 MB a photo would be 100
-    assert after[1] <= before[1] + 1 and after[2] <= before[2] + 1
+    assert after[1] <= before[1] + 1
+    assert after[2] < before[2] + 16  # as many as clients met at a time
     assert list(service.tmp.iterdir()) == []
 
 

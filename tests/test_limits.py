@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import pytest
 import shared
 from PIL import Image
 from shared import SMALL, App, encoded, face_in, memory, module, picture, refused
-from test_images import LONG, chunk, pixels
+from test_images import pixels, png_of
 
 LARGE = shared.resized(1, format="PNG")  # goes to the disk, not to memory
 
@@ -74,9 +73,7 @@ def test_what_memory_is_not_enough_for_is_one_line(configured, megabytes, settin
 def test_412_tells_the_pixels_before_anything_is_decoded(monkeypatch):
     """A white PNG of a billion pixels is 100 KB, and would be gigabytes."""
     monkeypatch.setattr(module, "all_memory", lambda: 1 << 30)
-    app, face = App(3), face_in((100, 100, 300, 300))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32_000, 32_000, 1, 0, 0, 0, 0))
-    bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", LONG) + chunk(b"IEND", b"")
+    app, face, bomb = App(3), face_in((100, 100, 300, 300)), png_of(32_000)
     refused(app.detect(bomb), 412, "1024000000 pixels take more memory")
     refused(app.compute(bomb, face), 412, "more memory to decode")
     # What fits, but not with the border that the CNN adds.

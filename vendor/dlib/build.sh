@@ -46,7 +46,7 @@ build() {
     cores=$(nproc)
     unset CXXFLAGS # which instructions are used is decided when the module is loaded
     export CMAKE_BUILD_PARALLEL_LEVEL=$((jobs < 1 ? 1 : jobs < cores ? jobs : cores))
-    echo "Building dlib, once: about 1.5 minutes on two cores"
+    echo "Building dlib, once: about a minute on two cores"
     pip wheel -v --no-deps --config-settings "cmake.define.DLIB=$PWD/$source" -w "$1" ./vendor/dlib || {
         echo "dlib could not be built; make DLIB=prebuilt ... uses a slower one"
         exit 1
