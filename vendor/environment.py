@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 VENV = Path(__file__).resolve().parent.parent / ".venv"
@@ -59,7 +60,8 @@ def make():
         try:
             status = process.wait()
         except KeyboardInterrupt:  # without a traceback of each process
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     if status:
         sys.exit(status)
