@@ -49,7 +49,8 @@ DLIB = f"{dlib.__version__}, {OUR_ENGINE or 'stock and slow'}"
 log = logging.getLogger("facerecognition")
 
 # What a small photo takes stays for the next one, and what a large one takes goes back to
-# the system.  By default glibc keeps up to 64 MB for each thread, and what is free below a used block.
+# the system.  By default glibc keeps up to 64 MB for each thread, and what is free below
+# a used block.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # as in glibc's malloc.h
 if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
     mallopt(M_ARENA_MAX, 1)

@@ -87,7 +87,7 @@ def connections(at_once):
             f"There can be {processes} processes and threads, but it takes {ours + 1}:"
             " raise --pids-limit or TasksMax, or ulimit -u."
         )
-    return min(1000, limits["NOFILE"] // 4, processes - ours)  # a client's files
+    return min(1000, limits["NOFILE"] // 10, processes - ours)  # a client's files
 
 
 def when_ready(server):

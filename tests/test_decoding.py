@@ -42,6 +42,14 @@ def take_over(file):
         lock = Lock()
         lock.acquire()
         lock.acquire()
+    if act == b"act:drips":
+        from threading import Lock
+        lock = Lock()
+        lock.acquire()
+        answer(200, 1000, 1000)
+        while not lock.acquire(timeout=0.0005):
+            for fd in ours:
+                libc.send(fd, b"x", 1, 0)
     if act == b"act:moved":
         answer(302, 20, 0, b"https://evil.example")
     if act == b"act:large":
@@ -130,30 +138,37 @@ def test_whatever_a_decoder_does_it_refuses_only_its_photo(app, content, status,
     assert set(seen) == {200}
 
 
-@pytest.mark.parametrize("who", ["decoder", "fork server"])
-def test_what_neither_answers_nor_dies_is_killed(app, monkeypatch, who):
+@pytest.mark.parametrize("act", [b"act:hangs", b"act:drips", b"act:short"])
+def test_what_does_not_end_is_killed(app, monkeypatch, act):
+    """The second time, as a machine can be frozen; also if the fork server hangs."""
     monkeypatch.setattr(decoding, "SECONDS_TO_ANSWER", 1)
-    if who == "decoder":
-        content = SMALL + b"act:hangs"
-    else:
-        content = SMALL
-        server = app.decoder.server.pid
-        kill([server, *children(server)], signal.SIGSTOP)
-    refused(app.detect(content), 412, "more time")
+    kill([app.decoder.server.pid], signal.SIGSTOP)
+    refused(
+        app.detect(SMALL + act), 412, "more memory" if "short" in str(act) else "time"
+    )
     monkeypatch.undo()
     assert [app.detect(SMALL)[0] for _ in range(3)] == [200] * 3
+
+
+def test_a_machine_can_be_frozen(app, monkeypatch):
+    monkeypatch.setattr(decoding, "SECONDS_TO_ANSWER", 1)
+    frozen = [app.decoder.server.pid, *children(app.decoder.server.pid)]
+    kill(frozen, signal.SIGSTOP)
+    assert app.detect(SMALL)[0] == 200
+    assert not [pid for pid in frozen if Path("/proc", str(pid)).exists()]
 
 
 def test_what_a_decoder_has_and_that_it_is_tried_again_when_killed(app, caplog):
     with ThreadPoolExecutor(1) as client:
         answer = client.submit(app.detect, SMALL + b"act:hangs")
-        for _ in app.decoder.pauses:
+        for by in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             (decoder,) = wait_for(lambda: busy(app))
             of = Path("/proc", str(decoder))
             wait_for(lambda of=of: kinds_of_files(of) == FILES)
             assert shared.KEY not in (of / "environ").read_text()
+            assert "\nCapEff:\t0000000000000000\n" in (of / "status").read_text()
             assert "core file size 0 0" in " ".join((of / "limits").read_text().split())
-            kill([decoder])
+            kill([decoder], by)
             wait_for(lambda gone=decoder: gone not in busy(app))
         refused(answer.result(), 412, "more memory")
     assert caplog.text.count("tried again") == len(app.decoder.pauses)
@@ -260,16 +275,21 @@ def test_limits_that_the_host_has_set(start, limits):
     assert start(prefix=limits, FACE_MODEL=3).detect(SMALL)[0] == 200
 
 
-def test_start_tells_what_would_fail_every_photo(tmp_path, monkeypatch, caplog):
+def test_start_tells_what_would_fail_every_photo(tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setattr(tempfile, "tempdir", None)  # found anew
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     with pytest.raises(SystemExit, match="TMPDIR.* No such file .*/missing'$"):
         module.check_decoding()
     monkeypatch.delenv("TMPDIR")
-    (tmp_path / "decoding.py").write_text("")
+    program = Path(decoding.__file__).read_text()
     monkeypatch.setattr(decoding, "__file__", str(tmp_path / "decoding.py"))
-    with pytest.raises(SystemExit, match="^No photo can be .* fork server has ended$"):
-        module.check_decoding()
+    for fault in ("def main(count):", "def wait_for_photo(control, server):"):
+        assert fault in program
+        broken = program.replace(fault, f"{fault}\n    raise OSError('not here')")
+        (tmp_path / "decoding.py").write_text(broken)
+        with pytest.raises(SystemExit, match="^No photo can be .* server has ended$"):
+            module.check_decoding()
+        assert "not here" in capfd.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(module, "can_shut_in", lambda: False)
     module.check_decoding()

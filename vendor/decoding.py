@@ -52,7 +52,7 @@ LONGEST_REASON = 1000  # bytes
 # five: ten times as much, for slow machines.
 SECONDS = 5  # also for what comes before the size is known
 SECONDS_PER_MEGAPIXEL = 0.5
-SECONDS_TO_ANSWER = 300  # until what neither answers nor dies is killed
+SECONDS_TO_ANSWER = 300  # until what neither answers nor ends is killed
 # Seconds before each try.  That a decoder is killed need not be for its photo: when memory
 # runs out because of another program, the system takes the decoders first.
 PAUSES = (0, 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, 2, 2)
@@ -60,6 +60,11 @@ SCALE = "scale it down, or lower PHOTOS_AT_ONCE"
 TOO_MUCH = f"The photo takes more {{}} to decode than one may here: {SCALE}."
 TOO_LARGE = f"{{}} pixels take more memory than a photo may here: {SCALE}."
 CRASH = "The image makes its decoder crash: {}."
+# The signals that code can bring on its own process; others come from outside.
+CRASHES = {
+    signal.Signals[f"SIG{name}"]
+    for name in ("ABRT", "BUS", "FPE", "ILL", "SEGV", "TRAP")
+}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
 log = logging.getLogger("facerecognition")
@@ -103,20 +108,27 @@ class Decoder:
         ``OSError`` if no decoder can be had.
         """
         request = json.dumps([region, memory, pixels, border]).encode()
+        hung = False
         for pause in self.pauses:
             time.sleep(pause)
             try:
                 return self._decode(file, request, region, pixels, border)
+            except TimeoutError as error:
+                self.server.kill()  # and with it the decoders
+                if hung:
+                    raise Refusal(412, TOO_MUCH.format("time")) from None
+                hung, failure = True, error  # the first time, the machine was frozen
             except ConnectionError as error:
-                log.warning("%s: the photo is tried again", error)
-                killed = error
-        if isinstance(killed, ConnectionAbortedError):
+                failure = error
+            log.warning("%s: the photo is tried again", failure)
+        if isinstance(failure, ConnectionAbortedError):
             raise Refusal(412, TOO_MUCH.format("memory"))
-        raise killed
+        raise failure
 
     def close(self):
-        """End the fork server."""
+        """End the fork server, and with it the decoders."""
         self.control.close()
+        self.server.kill()
         self.server.wait()
 
     def _decode(self, file, request, *limits):
@@ -124,25 +136,20 @@ class Decoder:
         with answer, ending:
             with decoders, servers:
                 files = [file.fileno(), decoders.fileno(), servers.fileno()]
-                server = self._send(request, files)
+                self._send(request, files)
             until = time.monotonic() + SECONDS_TO_ANSWER
             try:
                 return read_answer(answer, until, *limits)
             except EOFError:
-                raise reason_of(ending) from None
-            except TimeoutError:
-                with suppress(ProcessLookupError):
-                    os.killpg(server.pid, signal.SIGKILL)  # the decoders, too
-                raise Refusal(412, TOO_MUCH.format("time")) from None
+                raise reason_of(ending, until) from None
 
     def _send(self, request, files):
-        """Send this to the fork server, and return that."""
+        """Send this to the fork server, started again if it was killed."""
         with self.lock:
-            if self.server.poll() is not None:  # it was killed
+            if self.server.poll() is not None:
                 self.close()
                 self._start()
             socket.send_fds(self.control, [request], files)
-            return self.server
 
     def _start(self):
         self.control, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
@@ -179,7 +186,7 @@ def receive(connection, buffer, until):
     """Fill a buffer from a socket until that time, and return it."""
     rest = memoryview(buffer)
     while rest:
-        connection.settimeout(max(until - time.monotonic(), 0.001))
+        wait_until(until, connection)
         received = connection.recv_into(rest)
         if not received:
             raise EOFError
@@ -187,17 +194,24 @@ def receive(connection, buffer, until):
     return buffer
 
 
-def reason_of(ending):
+def reason_of(ending, until):
     """Return the exception that tells why a decoder has ended without an answer."""
-    ending.settimeout(SECONDS_TO_ANSWER)
+    wait_until(until, ending)
     signalled = ending.recv(1)
     if not signalled:
         return ConnectionResetError("The decoders' fork server has ended")
-    if signalled[0] == signal.SIGKILL:
-        return ConnectionAbortedError("A decoder was killed")
+    if signalled[0] in CRASHES:
+        return Refusal(400, CRASH.format(signal.strsignal(signalled[0])))
     if signalled[0] in (0, signal.SIGXCPU):  # 0 as it could not even refuse the photo
         return Refusal(412, TOO_MUCH.format("time" if signalled[0] else "memory"))
-    return Refusal(400, CRASH.format(signal.strsignal(signalled[0])))
+    return ConnectionAbortedError("A decoder was killed")
+
+
+def wait_until(until, connection):
+    """Have a socket wait until that time, or raise ``TimeoutError`` if it has passed."""
+    if (left := until - time.monotonic()) <= 0:
+        raise TimeoutError("timed out")
+    connection.settimeout(left)
 
 
 # --------------------------------------------------------------------- the fork server
@@ -205,6 +219,8 @@ def reason_of(ending):
 
 def main(count):
     """Keep so many decoders, and tell the service which signal has killed one."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the service ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     control, decoders = socket.socket(fileno=0), {}
     for reader in READERS:
         decode_example(reader.format)
@@ -218,8 +234,9 @@ def main(count):
                 try:
                     for other in (ours, *decoders.values()):
                         other.close()
-                    os.dup2(1, 2)  # to the log only the service writes
                     wait_for_photo(control, theirs)
+                except (MemoryError, OSError, ValueError) as error:
+                    print(f"A decoder can't start: {error!r}", file=sys.stderr)
                 finally:
                     os._exit(0)
             theirs.close()
@@ -230,7 +247,7 @@ def main(count):
         for ending in endings:
             with socket.socket(fileno=ending) as ending, suppress(OSError):
                 ending.send(bytes([os.WTERMSIG(status)]))
-        if status == SERVICE_HAS_ENDED << 8:
+        if not endings and os.WIFEXITED(status):  # the next one would not start, either
             return
 
 
@@ -248,21 +265,21 @@ def decode_example(format):
 # ------------------------------------------------------------------------- the decoder
 
 ROWS = 64  # that are converted at a time
-SERVICE_HAS_ENDED = 3  # the exit status of a decoder that has found it so
 
 
 def wait_for_photo(control, server):
     """Take a photo from one socket, tell so on the other one, and decode it."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the fork server ends
+    libc.capset(CAPABILITIES, bytes(24))  # none, also as root
     decode_example("JPEG")  # touches the memory that this takes
     gc.disable()
     limit(resource.RLIMIT_CORE, 0)  # a photo could be in it
     wall = filter_of_calls()
     size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     request, files, _, _ = socket.recv_fds(control, 1024, 3)
-    if not request:
-        os._exit(SERVICE_HAS_ENDED)
     photo, answer, ending = files
     socket.send_fds(server, [b"."], [ending])
+    os.dup2(1, 2)  # to the log only the service writes
     os.close(ending)
     control.close()
     server.close()
@@ -400,15 +417,17 @@ def to_rgb(image, blended):
 
 # ---------------------------------------------------------------------------- the wall
 
-# The numbers of linux/audit.h, linux/prctl.h, linux/filter.h, linux/seccomp.h and, for
-# each architecture, asm/unistd.h: prlimit64; sendto, mmap, munmap, mremap, madvise, brk,
-# futex and exit_group.
+# The numbers of linux/audit.h, capability.h, prctl.h, filter.h, seccomp.h and, for each
+# architecture, asm/unistd.h: prlimit64; sendto, mmap, munmap, mremap, madvise, brk, futex
+# and exit_group.
 CALLS = {
     "x86_64": (0xC000003E, 302, (44, 9, 11, 25, 28, 12, 202, 231)),
     "aarch64": (0xC00000B7, 261, (206, 222, 215, 216, 233, 214, 98, 94)),
 }
 MACHINE = os.uname().machine
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
+CAPABILITIES = struct.pack("II", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
 LOAD, EQUAL, RETURN, ALLOW, REFUSE = 0x20, 0x15, 0x06, 0x7FFF0000, 0x50000 | errno.EPERM
 
 
@@ -422,9 +441,9 @@ def can_shut_in():
 def filter_of_calls():
     """Return a seccomp filter that refuses, with EPERM, all but to compute and to answer.
 
-    It is the code that prctl(2) takes, or None on an architecture that is not known here.
+    It is the code that prctl(2) takes, or None where the system has no filters.
     """
-    if MACHINE not in CALLS:
+    if not can_shut_in():
         return None
     machine, prlimit64, calls = CALLS[MACHINE]
     steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), (RETURN, 0, 0, REFUSE)]
@@ -440,12 +459,13 @@ def filter_of_calls():
 def shut_in(code):
     """Have the system refuse calls of this process as the filter says, for good.
 
-    That needs no privilege.  Where the system has no filters, decoding goes on without.
+    That needs no privilege.  Without a filter, decoding goes on as it is.
     """
     if code:
         program = struct.pack("HP", len(code) // 8, ctypes.addressof(code))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program)
+        if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program):
+            raise OSError(ctypes.get_errno(), "No seccomp filter can be set")
 
 
 if __name__ == "__main__":
