@@ -13,10 +13,10 @@ namespace
     const int most_across = 3, most_filters = 4;
 #elif defined(__aarch64__)
     const long lanes = 4;
-    const int most_across = 3, most_filters = 8;
+    const int most_across = 3, most_filters = 7;
 #else
     const long lanes = 4;
-    const int most_across = 2, most_filters = 6;
+    const int most_across = 3, most_filters = 3;
 #endif
     const long block_size = lanes * most_across;
     typedef float floats __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
@@ -25,7 +25,12 @@ namespace
     void multiply_tile(float* const sums, const long sum_step, const float* const in, const long* const offsets,
         const long depth, const float* const weights)
     {
-        floats tile[num_filters][across] = {};
+        floats tile[num_filters][across];
+        #pragma GCC unroll 16
+        for (int f = 0; f < num_filters; ++f)
+            #pragma GCC unroll 16
+            for (int i = 0; i < across; ++i)
+                tile[f][i] = floats{};
         for (long j = 0; j < depth; ++j)
         {
             floats pixels[across];
@@ -40,7 +45,9 @@ namespace
                     tile[f][i] += weights[f * depth + j] * pixels[i];
             }
         }
+        #pragma GCC unroll 16
         for (int f = 0; f < num_filters; ++f)
+            #pragma GCC unroll 16
             for (int i = 0; i < across; ++i)
                 *(floats*)(sums + f * sum_step + i * lanes) = tile[f][i];
     }
