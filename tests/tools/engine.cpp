@@ -7,7 +7,7 @@
 
 #include "convolution.h"
 #include "cpu.h"
-#include "faces.h"
+#include "frontal_detector.h"
 #include "resize.h"
 #include "threads.h"
 #include <dlib/image_io.h>
@@ -153,7 +153,6 @@ static bool check_all_resizing()
 static bool check_hog(const int num_photos, char** const photos)
 {
     auto stock = get_frontal_face_detector();
-    const frontal_detector ours;
     long cases = 0, same = 0, boxes = 0;
     const auto check = [&](const array2d<rgb_pixel>& img)
     {
@@ -168,7 +167,7 @@ static bool check_hog(const int num_photos, char** const photos)
                 box = pyramid_down<2>().rect_down(box, times);
             ++cases;
             boxes += expected.size();
-            same += ours({&img[0][0], img.nr(), img.nc()}, times) == expected;
+            same += find_frontal_faces({&img[0][0], img.nr(), img.nc()}, times) == expected;
         }
     };
     for (int i = 0; i < num_photos; ++i)
@@ -196,8 +195,8 @@ static bool check_hog(const int num_photos, char** const photos)
     }
     std::cout << "HOG's boxes as dlib's in " << same << " of " << cases << " images, with " << boxes << " faces\n";
     array2d<rgb_pixel> wide(126, 65500), high(65500, 126); // where dlib writes beyond the end of a row
-    ours({&wide[0][0], wide.nr(), wide.nc()}, 1);
-    ours({&high[0][0], high.nr(), high.nc()}, 1);
+    find_frontal_faces({&wide[0][0], wide.nr(), wide.nc()}, 1);
+    find_frontal_faces({&high[0][0], high.nr(), high.nc()}, 1);
     return same == cases && boxes > 0;
 }
 

@@ -36,13 +36,11 @@ compare() {
     done
     echo "$compiler $*"
     rm -f "$out"/*.o
-    if [ -n "$emulator" ] || [ "$(uname -m)" != x86_64 ]; then
-        compile_level "$compiler" any "$@"
-    else
-        compile_level "$compiler" sse2 "$@"
-        compile_level "$compiler" avx2 -mavx2 -mfma "$@"
-        compile_level "$compiler" avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl "$@"
-    fi
+    levels=$(sed -n 's/^ *add_level(\([a-z].*\))/\1/p' vendor/dlib/CMakeLists.txt)
+    [ -z "$emulator" ] && [ "$(uname -m)" = x86_64 ] && levels=$(grep -v any <<< "$levels") || levels=any
+    while read -r level flags; do
+        compile_level "$compiler" "$level" "$@" $flags
+    done <<< "$levels"
     "$compiler" -std=c++14 -O2 -ffp-contract=off -DDLIB_NO_GUI_SUPPORT -isystem "$source" -Ivendor/dlib -pthread \
         ${emulator:+-static} "$@" -o "$out/engine" "$out"/*.o tests/tools/engine.cpp \
         vendor/dlib/{convolution,cpu,dlib,frontal_detector,resize,threads}.cpp

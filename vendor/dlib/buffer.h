@@ -1,5 +1,4 @@
-#ifndef BUFFER_H
-#define BUFFER_H
+#pragma once
 
 #include <cstddef>
 #include <memory>
@@ -44,5 +43,3 @@ private:
     std::unique_ptr<char[]> memory;
     size_t size = 0; // values
 };
-
-#endif

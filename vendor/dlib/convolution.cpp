@@ -20,9 +20,9 @@ namespace
     // Positions are counted row by row, those between the end of a row and the beginning of the next included: they are
     // computed, as that is simpler, and dropped.  A strip is a number of positions whose planes fit into the processor's
     // cache.  A wide image is cut into several columns of strips.
-    struct layout
+    struct dealing
     {
-        layout(const planes<float>& in_, const long padding_, const long step_, const long reach, const long rows,
+        dealing(const planes<float>& in_, const long padding_, const long step_, const long reach, const long rows,
             const long columns, const long block_size)
             : in(in_), padding(padding_), step(step_), beyond((reach - 1) / step_)
         {
@@ -57,7 +57,7 @@ namespace
     class strip
     {
     public:
-        strip(const layout& how, const long first, const long last, const long num_filters, const long num_parts)
+        strip(const dealing& how, const long first, const long last, const long num_filters, const long num_parts)
             : how(how), t(first - 1), last(last), num_filters(num_filters), num_parts(num_parts),
             pixels(new float[how.in.num * how.step * how.step * how.plane + kernels.block_size]) {}
 
@@ -127,7 +127,7 @@ namespace
         }
 
         const convolution_kernels& kernels = *cpu().convolution;
-        const layout& how;
+        const dealing& how;
         long t; // counts strips, once for each part of the filters
         const long last, num_filters, num_parts;
         const floats pixels;
@@ -137,7 +137,7 @@ namespace
 
     // Has work(strips) compute all strips: threads take shares of them.  Where there are fewer strips than threads,
     // they take parts of the filters, too.
-    void for_each_share(const layout& how, const long num_filters, const bool use_threads,
+    void for_each_share(const dealing& how, const long num_filters, const bool use_threads,
         const std::function<void(strip&)>& work)
     {
         const long threads = use_threads ? num_threads() : 1;
@@ -167,11 +167,11 @@ namespace
         m.back() = 1;
         for (long p = 0; p < side - 1; ++p)
         {
-            double scale = 1;
+            double divisor = 1;
             for (long q = 0; q < side - 1; ++q)
-                scale *= p != q ? points[p] - points[q] : 1;
+                divisor *= p != q ? points[p] - points[q] : 1;
             for (long i = 0; i < reach; ++i)
-                m[p * reach + i] = std::pow(points[p], i) / scale;
+                m[p * reach + i] = std::pow(points[p], i) / divisor;
         }
         return m;
     }
@@ -211,10 +211,12 @@ namespace
 }
 
 convolution::convolution(const filter_bank& filters, const bool relu, const method how)
-    : num(filters.num), depth(filters.depth), size(filters.size), stride(filters.stride), padding(filters.padding),
-    side(how == method::direct ? 0 : (size + stride - 1) / stride == 3 ? 6 : 8),
-    values(side ? winograd_filters(filters, side) : filters.values), biases(filters.biases),
-    least(relu ? 0 : -std::numeric_limits<float>::infinity()) {}
+    : filter_bank(filters), side(how == method::direct ? 0 : (size + stride - 1) / stride == 3 ? 6 : 8),
+    least(relu ? 0 : -std::numeric_limits<float>::infinity())
+{
+    if (side)
+        values = winograd_filters(filters, side);
+}
 
 void convolution::operator()(const planes<float>& out, const planes<float>& in, const bool use_threads,
     const bool add) const
@@ -230,7 +232,7 @@ void convolution::directly(const planes<float>& out, const planes<float>& in, co
 {
     const convolution_kernels& kernels = *cpu().convolution;
     const long block_size = kernels.block_size;
-    const layout how(in, padding, stride, size, out.rows, out.columns, block_size);
+    const dealing how(in, padding, stride, size, out.rows, out.columns, block_size);
     std::vector<long> offsets; // of the pixels that a filter's values are multiplied with
     for (long k = 0; k < depth; ++k)
         for (long y = 0; y < size; ++y)
@@ -258,7 +260,7 @@ void convolution::by_winograd(const planes<float>& out, const planes<float>& in,
     const convolution_kernels& kernels = *cpu().convolution;
     const long block_size = kernels.block_size, num_points = side * side;
     const auto squares = [](const long pixels) { return (pixels + square_size - 1) / square_size; };
-    const layout how(in, padding, square_size * stride, stride * (side - 1) + 1, squares(out.rows), squares(out.columns),
+    const dealing how(in, padding, square_size * stride, stride * (side - 1) + 1, squares(out.rows), squares(out.columns),
         block_size);
     std::vector<long> square; // offsets of a square's pixels
     for (long y = 0; y < side; ++y)

@@ -1,5 +1,4 @@
-#ifndef CONVOLUTION_H
-#define CONVOLUTION_H
+#pragma once
 
 #include "planes.h"
 #include <vector>
@@ -20,7 +19,7 @@ struct filter_bank
 // of a filter is multiplied with are neighbours in memory; sums stay in the processor's registers.
 //
 // Several threads may use it at a time.
-class convolution
+class convolution : filter_bank
 {
 public:
     // Winograd's takes a fourth to a sixth of the products.  It is for images of at least some 200 pixels, filters
@@ -43,11 +42,7 @@ private:
     void directly(const planes<float>& out, const planes<float>& in, bool use_threads, bool add) const;
     void by_winograd(const planes<float>& out, const planes<float>& in, bool use_threads, bool add) const;
 
-    long num, depth, size, stride, padding;
-    long side; // of Winograd's squares of input; 0 without
-    std::vector<float> values; // of the filters; by Winograd's method, at each point of all filters, then at the next
-    std::vector<float> biases;
+    // By Winograd's method, values are those of all filters at the first point, then at the next.
+    long side; // of its squares of input; 0 without
     float least; // of the output
 };
-
-#endif

@@ -1,25 +1,21 @@
 // Includes nothing with inline functions: see cpu.h.  Products are added without rounding them first where the
 // processor can (-ffp-contract=fast), as in any BLAS.
 #include "convolution_kernels.h"
+#include "lanes.h"
 
 namespace
 {
-    // How many floats a register holds, and the largest tile of positions x filters that stays in the registers.
+    // The largest tile of positions x filters that stays in the registers.
 #if defined(__AVX512F__)
-    const long lanes = 16;
     const int most_across = 3, most_filters = 9;
 #elif defined(__AVX__)
-    const long lanes = 8;
     const int most_across = 3, most_filters = 4;
 #elif defined(__aarch64__)
-    const long lanes = 4;
     const int most_across = 3, most_filters = 7;
 #else
-    const long lanes = 4;
     const int most_across = 3, most_filters = 3;
 #endif
     const long block_size = lanes * most_across;
-    typedef float floats __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
 
     template <int num_filters, int across>
     void multiply_tile(float* const sums, const long sum_step, const float* const in, const long* const offsets,
@@ -28,26 +24,21 @@ namespace
         floats tile[num_filters][across];
         #pragma GCC unroll 16
         for (int f = 0; f < num_filters; ++f)
-            #pragma GCC unroll 16
             for (int i = 0; i < across; ++i)
                 tile[f][i] = floats{};
         for (long j = 0; j < depth; ++j)
         {
             floats pixels[across];
-            #pragma GCC unroll 16
             for (int i = 0; i < across; ++i)
                 pixels[i] = *(const floats*)(in + offsets[j] + i * lanes);
-            #pragma GCC unroll 16
             for (int f = 0; f < num_filters; ++f)
             {
-                #pragma GCC unroll 16
                 for (int i = 0; i < across; ++i)
                     tile[f][i] += weights[f * depth + j] * pixels[i];
             }
         }
         #pragma GCC unroll 16
         for (int f = 0; f < num_filters; ++f)
-            #pragma GCC unroll 16
             for (int i = 0; i < across; ++i)
                 *(floats*)(sums + f * sum_step + i * lanes) = tile[f][i];
     }
@@ -193,9 +184,7 @@ namespace
                     out[j * plane + i] = left <= i * step + j && i * step + j < right ? in[i * step + j] : 0;
         };
         // Between these two, all of a step's values lie within [left, right).
-        long begin = (left + step - 1) / step, end = right / step;
-        begin = begin < n ? begin : n;
-        end = end < begin ? begin : end < n ? end : n;
+        const long begin = min((left + step - 1) / step, n), end = max(begin, min(right / step, n));
         deal_any(0, begin);
         switch (step)
         {

@@ -1,5 +1,4 @@
-#ifndef CONVOLUTION_KERNELS_H
-#define CONVOLUTION_KERNELS_H
+#pragma once
 
 // The loops of a convolution that take its time.  They are compiled for each level of CPU (cpu.h); each thread may
 // call them for memory of its own.  Positions are what a convolution computes side by side: pixels of its output, or
@@ -33,5 +32,3 @@ struct convolution_kernels
     // Sets n pixels out[i] to values[i] + bias, plus the former out[i] if they are to be added, but at least to least.
     void (*store)(float* out, const float* values, long n, float bias, bool add, float least);
 };
-
-#endif

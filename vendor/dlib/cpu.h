@@ -1,5 +1,4 @@
-#ifndef CPU_H
-#define CPU_H
+#pragma once
 
 #include "convolution_kernels.h"
 #include "hog_kernels.h"
@@ -21,5 +20,3 @@ struct cpu_level
 // The best level that the CPU and the operating system support, or the one that the environment variable FACES_CPU
 // names.  Throws dlib::error if that is none, or not supported.
 const cpu_level& cpu();
-
-#endif

@@ -1,4 +1,4 @@
-#include "faces.h"
+#include "face_describer.h"
 #include "networks.h"
 #include "threads.h"
 #include <algorithm>
@@ -45,29 +45,21 @@ namespace
     }
 }
 
-struct face_describer::implementation
-{
-    std::vector<convolution> layers;
-    std::vector<float> last;
-};
-
 face_describer::face_describer(const std::string& file)
 {
-    const auto net = std::make_shared<implementation>();
     describer_network trained = load_describer(file);
     for (const auto& filters : trained.layers)
     {
         // Where there are 64 planes or fewer, images have 17 x 17 pixels or more.  Relu follows each layer.
         const bool large = filters.depth >= 8 && filters.num <= 64 && filters.stride == 1;
-        net->layers.emplace_back(filters, true, large ? convolution::method::winograd : convolution::method::direct);
+        layers.emplace_back(filters, true, large ? convolution::method::winograd : convolution::method::direct);
     }
-    net->last.swap(trained.last);
-    impl = net;
+    last.swap(trained.last);
 }
 
 std::vector<float> face_describer::describe(const rgb_view& chip, const bool use_threads) const
 {
-    auto layer = impl->layers.begin();
+    auto layer = layers.begin();
     const image in = as_planes(chip);
     image first(layer->num_planes(), layer->outputs(in.rows), layer->outputs(in.columns));
     (*layer++)(first, in, use_threads);
@@ -75,7 +67,7 @@ std::vector<float> face_describer::describe(const rgb_view& chip, const bool use
 
     // Blocks of two layers, around which a shortcut leads.  Where a block halves the image, so does the shortcut; its
     // image can be a pixel larger then, where nothing is added to it.
-    while (layer != impl->layers.end())
+    while (layer != layers.end())
     {
         const convolution &one = *layer++, &two = *layer++;
         image between(one.num_planes(), one.outputs(now.rows), one.outputs(now.columns));
@@ -91,7 +83,7 @@ std::vector<float> face_describer::describe(const rgb_view& chip, const bool use
         const float* const pixels = now.row(k, 0);
         const float mean = std::accumulate(pixels, pixels + now.plane_step, 0.0f) / now.plane_step;
         for (size_t i = 0; i < descriptor.size(); ++i)
-            descriptor[i] += mean * impl->last[k * descriptor.size() + i];
+            descriptor[i] += mean * last[k * descriptor.size() + i];
     }
     return descriptor;
 }

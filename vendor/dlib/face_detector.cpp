@@ -52,7 +52,7 @@ namespace
 face_detector::face_detector(const std::string& file) : net(load_detector(file)), layers(layers_of(net)) {}
 
 // As dlib's input_rgb_image_pyramid does, but on all threads.
-void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector<rectangle>& levels,
+void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector<rectangle>& scales,
     const rgb_view& photo) const
 {
     const long rows_at_a_time = 32;
@@ -61,31 +61,31 @@ void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector
         for (long r = i * rows_at_a_time; r < std::min((i + 1) * rows_at_a_time, pyramid.rows); ++r)
             for (long k = 0; k < pyramid.num; ++k)
             {
-                // Zeros around the levels, which stand from left to right.  Those of a tiny photo overlap.
+                // Zeros around the scales, which stand from left to right.  Those of a tiny photo overlap.
                 float* const row = pyramid.row(k, r);
                 long done = 0;
-                for (const auto& level : levels)
-                    if (level.top() <= r && r <= level.bottom())
+                for (const auto& scale : scales)
+                    if (scale.top() <= r && r <= scale.bottom())
                     {
-                        if (done < level.left())
-                            std::fill(row + done, row + level.left(), 0);
-                        done = std::max(done, level.right() + 1);
+                        if (done < scale.left())
+                            std::fill(row + done, row + scale.left(), 0);
+                        done = std::max(done, scale.right() + 1);
                     }
                 std::fill(row + done, row + pyramid.columns, 0);
 
-                const long y = r - levels[0].top();
+                const long y = r - scales[0].top();
                 if (0 <= y && y < photo.rows)
                 {
                     const unsigned char* const pixels = &photo.pixels[y * photo.columns].red + k;
                     for (long x = 0; x < photo.columns; ++x)
-                        row[levels[0].left() + x] = (pixels[3 * x] - net.average[k]) / 256;
+                        row[scales[0].left() + x] = (pixels[3 * x] - net.average[k]) / 256;
                 }
             }
     });
-    const auto level = [&](const rectangle& r) { return pyramid.part(r.top(), r.left(), r.height(), r.width()); };
-    for (size_t i = 1; i < levels.size(); ++i)
+    const auto scale = [&](const rectangle& r) { return pyramid.part(r.top(), r.left(), r.height(), r.width()); };
+    for (size_t i = 1; i < scales.size(); ++i)
     {
-        const resizing<float> tasks(level(levels[i]), level(levels[i - 1]));
+        const resizing<float> tasks(scale(scales[i]), scale(scales[i - 1]));
         for_each_task(tasks.num, [&](const long task) { tasks.run(task); });
     }
 }
@@ -128,7 +128,7 @@ void face_detector::downsample(const planes<float>& features, const planes<float
 }
 
 // As dlib's loss_mmod does in to_label().
-std::vector<mmod_rect> face_detector::find_faces(const planes<float>& scores, const std::vector<rectangle>& levels) const
+std::vector<mmod_rect> face_detector::find_faces(const planes<float>& scores, const std::vector<rectangle>& scales) const
 {
     std::vector<mmod_rect> found, faces;
     for (long r = 0; r < scores.rows; ++r)
@@ -137,7 +137,7 @@ std::vector<mmod_rect> face_detector::find_faces(const planes<float>& scores, co
             {
                 const dpoint centre(feature_step * c + feature_centre, feature_step * r + feature_centre);
                 const auto box = centered_drect(centre, net.face_width, net.face_height);
-                found.emplace_back(tiled_pyramid_to_image<pyramid_type>(levels, box), scores.row(0, r)[c]);
+                found.emplace_back(tiled_pyramid_to_image<pyramid_type>(scales, box), scores.row(0, r)[c]);
             }
     std::sort(found.rbegin(), found.rend(), [](const mmod_rect& a, const mmod_rect& b)
         { return a.detection_confidence < b.detection_confidence; });
@@ -152,9 +152,9 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
     if (std::min(photo.rows, photo.columns) < least_side)
         return {};
     long rows, columns;
-    std::vector<rectangle> levels;
+    std::vector<rectangle> scales;
     impl::compute_tiled_image_pyramid_details(pyramid_type(), photo.rows, photo.columns, net.padding, net.outer_padding,
-        levels, rows, columns);
+        scales, rows, columns);
     const auto downsampled = [&](const long n) { return layers[2].outputs(layers[1].outputs(layers[0].outputs(n))); };
     const long out_rows = downsampled(rows), out_columns = downsampled(columns), plane = out_rows * out_columns;
 
@@ -165,7 +165,7 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
     float* const buffers[] = {all, all + size0};
 
     const planes<float> pyramid(buffers[0], 3, rows, columns);
-    make_pyramid(pyramid, levels, photo);
+    make_pyramid(pyramid, scales, photo);
     planes<float> features(buffers[1], 32, out_rows, out_columns);
     downsample(features, pyramid, buffers[1] + 32 * plane);
     for (size_t i = 3; i < layers.size(); ++i)
@@ -174,7 +174,7 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
         layers[i](out, features, true);
         features = out;
     }
-    const auto faces = find_faces(features, levels);
+    const auto faces = find_faces(features, scales);
     memory.keep(bytes_kept);
     return faces;
 }

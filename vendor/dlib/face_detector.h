@@ -1,8 +1,7 @@
-#ifndef FACE_DETECTOR_H
-#define FACE_DETECTOR_H
+#pragma once
 
 #include "buffer.h"
-#include "faces.h"
+#include "rgb_view.h"
 #include "networks.h"
 #include <dlib/image_processing/full_object_detection.h>
 
@@ -19,13 +18,11 @@ public:
     std::vector<dlib::mmod_rect> operator()(const rgb_view& photo);
 
 private:
-    void make_pyramid(const planes<float>& pyramid, const std::vector<dlib::rectangle>& levels, const rgb_view& photo) const;
+    void make_pyramid(const planes<float>& pyramid, const std::vector<dlib::rectangle>& scales, const rgb_view& photo) const;
     void downsample(const planes<float>& features, const planes<float>& pyramid, float* space) const;
-    std::vector<dlib::mmod_rect> find_faces(const planes<float>& scores, const std::vector<dlib::rectangle>& levels) const;
+    std::vector<dlib::mmod_rect> find_faces(const planes<float>& scores, const std::vector<dlib::rectangle>& scales) const;
 
     const detector_network net;
     const std::vector<convolution> layers;
     buffer<float> memory; // for the next photo
 };
-
-#endif

@@ -1,7 +1,9 @@
 // The Python module: of dlib's own, what detects and describes faces, under the same names.
 #include "cpu.h"
+#include "face_describer.h"
 #include "face_detector.h"
-#include "faces.h"
+#include "frontal_detector.h"
+#include "rgb_view.h"
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
 #include <pybind11/numpy.h>
@@ -48,10 +50,13 @@ namespace
         return without_gil([&] { return detector(img.view()); });
     }
 
-    std::vector<rectangle> detect_frontal(const frontal_detector& detector, const py::array& array, const int times_doubled)
+    // dlib's detector, of which there is one.
+    struct frontal_detector {};
+
+    std::vector<rectangle> detect_frontal(frontal_detector, const py::array& array, const int times_doubled)
     {
         const image img(array);
-        return without_gil([&] { return detector(img.view(), times_doubled); });
+        return without_gil([&] { return find_frontal_faces(img.view(), times_doubled); });
     }
 
     shape_predictor load_shape_predictor(const std::string& file)

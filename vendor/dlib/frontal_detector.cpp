@@ -1,7 +1,6 @@
+#include "frontal_detector.h"
 #include "buffer.h"
 #include "cpu.h"
-#include "faces.h"
-#include "planes.h"
 #include "resize.h"
 #include "threads.h"
 #include <dlib/image_processing/frontal_face_detector.h>
@@ -25,8 +24,15 @@ namespace
         return (floats + line - 1) / line * line;
     }
 
-    // A level of the pyramid: its image, its features, and what is found in each band of them.
-    struct level
+    // What dlib's detectors were trained to.
+    const frontal_face_detector& detector()
+    {
+        static const frontal_face_detector trained = get_frontal_face_detector();
+        return trained;
+    }
+
+    // A scale of the pyramid: its image, its features, and what is found in each band of them.
+    struct scale
     {
         planes<unsigned char> image;
         long rows, columns; // of the features, without the zeros around them
@@ -34,7 +40,7 @@ namespace
         std::vector<detections> found;
     };
 
-    level make_level(const planes<unsigned char>& image, buffer<float>& memory)
+    scale make_scale(const planes<unsigned char>& image, buffer<float>& memory)
     {
         const auto inner_cells = [](const long pixels)
         {
@@ -46,27 +52,28 @@ namespace
         features.plane_step = features.columns;
         features.row_step = features.num * features.columns;
         features.data = memory.get(features.rows * features.row_step);
-        return {image, rows, columns, features, std::vector<detections>((rows + rows_scanned - 1) / rows_scanned)};
+        const detections none(detector().num_detectors());
+        return {image, rows, columns, features, std::vector<detections>((rows + rows_scanned - 1) / rows_scanned, none)};
     }
 
     // Computes the features of some rows, and sets zeros around them.
-    void extract(const level& l, const long begin, const long end)
+    void extract(const scale& s, const long begin, const long end)
     {
         const hog_kernels& kernels = *cpu().hog;
-        const planes<float>& out = l.features;
+        const planes<float>& out = s.features;
         const long first = begin == 0 ? 0 : begin + padding_before;
-        const long last = end == l.rows ? out.rows : end + padding_before;
+        const long last = end == s.rows ? out.rows : end + padding_before;
         for (long r = first; r < last; ++r)
             for (long k = 0; k < out.num; ++k)
             {
-                const bool inside = padding_before <= r && r < l.rows + padding_before;
+                const bool inside = padding_before <= r && r < s.rows + padding_before;
                 float* const row = out.row(k, r);
                 std::fill(row, row + (inside ? padding_before : out.columns), 0);
-                std::fill(row + padding_before + l.columns, row + out.columns, 0);
+                std::fill(row + padding_before + s.columns, row + out.columns, 0);
             }
-        const std::unique_ptr<float[]> space(new float[kernels.features_space(l.image.columns)]);
-        kernels.features(out.row(0, padding_before) + padding_before, out.row_step, out.plane_step, l.image.data,
-            l.image.rows, l.image.columns, begin, end, space.get());
+        const std::unique_ptr<float[]> space(new float[kernels.features_space(s.image.columns)]);
+        kernels.features(out.row(0, padding_before) + padding_before, out.row_step, out.plane_step, s.image.data,
+            s.image.rows, s.image.columns, begin, end, space.get());
     }
 
     planes<unsigned char> planes_of(const rgb_view& photo, buffer<unsigned char>& memory)
@@ -85,12 +92,9 @@ namespace
         });
         return image;
     }
-}
 
-struct frontal_detector::implementation
-{
-    // A window's score is the sum over all planes of features, and over all filters for a plane, of what lies in the
-    // window times the filter's row, times its column.
+    // One of the filters that dlib's five detectors consist of.  A window's score is the sum over all planes of features,
+    // and over all filters for a plane, of what lies in the window times the filter's row, times its column.
     struct separable_filter
     {
         long plane;
@@ -98,8 +102,9 @@ struct frontal_detector::implementation
         matrix<float, 0, 1> row, column;
     };
 
-    implementation()
+    std::vector<separable_filter> filters_of(const frontal_face_detector& detector)
     {
+        std::vector<separable_filter> filters;
         for (long k = 0; k < hog_num_planes; ++k)
             for (size_t d = 0; d < detector.num_detectors(); ++d)
             {
@@ -111,74 +116,66 @@ struct frontal_detector::implementation
                     DLIB_CASSERT(filters.back().column.size() == hog_filter_size);
                 }
             }
+        return filters;
     }
 
-    void scan(level& l, size_t number, long band) const;
-    std::vector<rectangle> without_overlaps(const detections& found) const;
-
-    const frontal_face_detector detector = get_frontal_face_detector();
-    const pyramid_down<6> pyramid;
-    std::vector<separable_filter> filters;
-};
-
-// Finds what the detectors see in a band of the features, in the order of dlib's scan: row by row.
-void frontal_detector::implementation::scan(level& l, const size_t number, const long band) const
-{
-    const auto& scanner = detector.get_scanner();
-    const long begin = band * rows_scanned, rows = std::min(rows_scanned, l.rows - begin);
-    const long step = aligned(l.columns + hog_group_size), num_scores = detector.num_detectors() * rows * step;
-    buffer<float> memory;
-    float *const scores = memory.get(num_scores + (rows + padding) * step), *const space = scores + num_scores;
-    std::fill(scores, space, 0);
-    for (const auto& f : filters)
-        cpu().hog->filter(scores + f.detector * rows * step, step, l.features.row(f.plane, begin), l.features.row_step,
-            rows, l.columns, f.row.begin(), f.column.begin(), space);
-
-    const long width = scanner.get_fhog_window_width() - 2 * scanner.get_padding();
-    const long height = scanner.get_fhog_window_height() - 2 * scanner.get_padding();
-    detections found(detector.num_detectors());
-    const float* score = scores;
-    for (size_t d = 0; d < found.size(); ++d)
+    // Finds what the detectors see in a band of the features, in the order of dlib's scan: row by row.
+    void scan(scale& s, const size_t number, const long band)
     {
-        const double threshold = detector.get_processed_w(d).w(scanner.get_num_dimensions());
-        for (long r = 0; r < rows; ++r, score += step)
-            for (long c = 0; c < l.columns; ++c)
-                if (score[c] >= threshold)
-                {
-                    const point middle = point(c, begin + r) + point(hog_filter_size / 2, hog_filter_size / 2);
-                    const rectangle box = scanner.get_feature_extractor().feats_to_image(
-                        centered_rect(middle, width, height), hog_cell_size, hog_filter_size, hog_filter_size);
-                    found[d].emplace_back();
-                    found[d].back().detection_confidence = score[c] - threshold;
-                    found[d].back().rect = pyramid.rect_up(box, number);
-                }
+        static const std::vector<separable_filter> filters = filters_of(detector());
+        const auto& scanner = detector().get_scanner();
+        const long begin = band * rows_scanned, rows = std::min(rows_scanned, s.rows - begin);
+        const long step = aligned(s.columns + hog_group_size), num_scores = detector().num_detectors() * rows * step;
+        buffer<float> memory;
+        float *const scores = memory.get(num_scores + (rows + padding) * step), *const space = scores + num_scores;
+        std::fill(scores, space, 0);
+        for (const auto& f : filters)
+            cpu().hog->filter(scores + f.detector * rows * step, step, s.features.row(f.plane, begin), s.features.row_step,
+                rows, s.columns, f.row.begin(), f.column.begin(), space);
+
+        const long width = scanner.get_fhog_window_width() - 2 * scanner.get_padding();
+        const long height = scanner.get_fhog_window_height() - 2 * scanner.get_padding();
+        detections& found = s.found[band];
+        const float* score = scores;
+        for (size_t d = 0; d < found.size(); ++d)
+        {
+            const double threshold = detector().get_processed_w(d).w(scanner.get_num_dimensions());
+            for (long r = 0; r < rows; ++r, score += step)
+                for (long c = 0; c < s.columns; ++c)
+                    if (score[c] >= threshold)
+                    {
+                        const point middle = point(c, begin + r) + point(hog_filter_size / 2, hog_filter_size / 2);
+                        const rectangle box = scanner.get_feature_extractor().feats_to_image(
+                            centered_rect(middle, width, height), hog_cell_size, hog_filter_size, hog_filter_size);
+                        found[d].emplace_back();
+                        found[d].back().detection_confidence = score[c] - threshold;
+                        found[d].back().rect = pyramid_down<6>().rect_up(box, number);
+                    }
+        }
     }
-    l.found[band].swap(found);
+
+    // Sorts in dlib's steps, as std::sort() would else give equal scores another order.
+    std::vector<rectangle> without_overlaps(const detections& found)
+    {
+        std::vector<rect_detection> all;
+        for (auto own : found)
+        {
+            std::sort(own.rbegin(), own.rend());
+            all.insert(all.end(), own.begin(), own.end());
+        }
+        std::sort(all.rbegin(), all.rend());
+        const test_box_overlap& overlaps = detector().get_overlap_tester();
+        std::vector<rectangle> boxes;
+        for (const auto& face : all)
+            if (std::none_of(boxes.begin(), boxes.end(), [&](const rectangle& box) { return overlaps(box, face.rect); }))
+                boxes.push_back(face.rect);
+        return boxes;
+    }
 }
 
-// Sorts in dlib's steps, as std::sort() would else give equal scores another order.
-std::vector<rectangle> frontal_detector::implementation::without_overlaps(const detections& found) const
-{
-    std::vector<rect_detection> all;
-    for (auto own : found)
-    {
-        std::sort(own.rbegin(), own.rend());
-        all.insert(all.end(), own.begin(), own.end());
-    }
-    std::sort(all.rbegin(), all.rend());
-    const test_box_overlap& overlaps = detector.get_overlap_tester();
-    std::vector<rectangle> boxes;
-    for (const auto& face : all)
-        if (std::none_of(boxes.begin(), boxes.end(), [&](const rectangle& box) { return overlaps(box, face.rect); }))
-            boxes.push_back(face.rect);
-    return boxes;
-}
-
-frontal_detector::frontal_detector() : impl(std::make_shared<implementation>()) {}
-
-// As object_detector's operator() does, but in tasks of some rows.  While the features of a level are computed, the
-// scores of the level before and the image of the next are, too, so that threads seldom wait for each other.
-std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const int times_doubled) const
+// As object_detector's operator() does, but in tasks of some rows.  While the features of a scale are computed, the scores
+// of the scale before and the image of the next are, too: waiting for each would take a tenth of the time on two threads.
+std::vector<rectangle> find_frontal_faces(const rgb_view& photo, const int times_doubled)
 {
     if (std::min(photo.rows, photo.columns) < least_side)
         return {};
@@ -197,49 +194,48 @@ std::vector<rectangle> frontal_detector::operator()(const rgb_view& photo, const
     {
         const rectangle size = doubler.rect_up(rectangle(image.columns, image.rows));
         const planes<unsigned char> doubled = new_image(size.bottom() + 1, size.right() + 1);
-        const resizing<unsigned char> resize(doubled, image);
-        for_each_task(resize.num, [&](const long i) { resize.run(i); });
+        const resizing<unsigned char> tasks(doubled, image);
+        for_each_task(tasks.num, [&](const long task) { tasks.run(task); });
         image = doubled;
     }
 
-    // Two levels' images and features are in use at a time, and take turns with the memory of the first two.
+    // Two scales' images and features are in use at a time, and take turns with the memory of the first two.
     buffer<float> features_memory[2];
-    std::vector<level> levels;
-    const auto& scanner = impl->detector.get_scanner();
-    rectangle size(image.columns, image.rows); // dlib counts levels by it, though images can be a pixel smaller
+    std::vector<scale> scales;
+    const auto& scanner = detector().get_scanner();
+    rectangle size(image.columns, image.rows); // dlib counts scales by it, though images can be a pixel smaller
     do
     {
-        levels.push_back(make_level(image, features_memory[levels.size() % 2]));
-        size = impl->pyramid.rect_down(size);
+        scales.push_back(make_scale(image, features_memory[scales.size() % 2]));
+        size = pyramid_down<6>().rect_down(size);
         image = new_image(5 * image.rows / 6, 5 * image.columns / 6);
     } while (size.width() >= scanner.get_min_pyramid_layer_width()
         && size.height() >= scanner.get_min_pyramid_layer_height());
 
-    for (size_t i = 0; i <= levels.size(); ++i)
+    detections found(detector().num_detectors());
+    const planes<unsigned char> none(nullptr, 3, 0, 0);
+    scales.push_back(make_scale(none, features_memory[scales.size() % 2]));
+    for (size_t i = 0; i < scales.size(); ++i)
     {
-        const long rows = i < levels.size() ? levels[i].rows : 0;
-        const long num_extracted = std::min((rows + fewest_rows - 1) / fewest_rows, 2 * num_threads());
-        const long num_scanned = i > 0 ? levels[i - 1].found.size() : 0;
-        const planes<unsigned char> none(nullptr, 3, 0, 0);
-        const resizing<unsigned char> resize(i + 1 < levels.size() ? levels[i + 1].image : none,
-            i < levels.size() ? levels[i].image : none);
+        scale& now = scales[i];
+        const bool last = i + 1 == scales.size();
+        const resizing<unsigned char> resize(last ? none : scales[i + 1].image, now.image);
+        const long num_extracted = std::min((now.rows + fewest_rows - 1) / fewest_rows, 2 * num_threads());
+        const long num_scanned = i > 0 ? scales[i - 1].found.size() : 0;
         for_each_task(num_extracted + num_scanned + resize.num, [&](const long task)
         {
             if (task < num_extracted)
-                extract(levels[i], task * rows / num_extracted, (task + 1) * rows / num_extracted);
+                extract(now, task * now.rows / num_extracted, (task + 1) * now.rows / num_extracted);
             else if (task < num_extracted + num_scanned)
-                impl->scan(levels[i - 1], i - 1, task - num_extracted);
+                scan(scales[i - 1], i - 1, task - num_extracted);
             else
                 resize.run(task - num_extracted - num_scanned);
         });
-    }
-
-    detections found(impl->detector.num_detectors());
-    for (const auto& level : levels)
-        for (const auto& band : level.found)
+        for (long band = 0; band < num_scanned; ++band)
             for (size_t d = 0; d < found.size(); ++d)
-                found[d].insert(found[d].end(), band[d].begin(), band[d].end());
-    std::vector<rectangle> boxes = impl->without_overlaps(found);
+                found[d].insert(found[d].end(), scales[i - 1].found[band][d].begin(), scales[i - 1].found[band][d].end());
+    }
+    std::vector<rectangle> boxes = without_overlaps(found);
     for (auto& box : boxes)
         box = doubler.rect_down(box, times_doubled);
     return boxes;

@@ -1,28 +1,13 @@
 // Includes nothing with inline functions: see cpu.h.
 #include "hog_kernels.h"
+#include "lanes.h"
 
 namespace
 {
     const long cell = hog_cell_size, half_cell = cell / 2;
     const int num_orientations = 18;
 
-    // How many floats a register holds.
-#if defined(__AVX512F__)
-    const int lanes = 16;
-#elif defined(__AVX__)
-    const int lanes = 8;
-#else
-    const int lanes = 4;
-#endif
-    template <int num>
-    struct several
-    {
-        typedef float floats __attribute__((vector_size(4 * num), aligned(4), may_alias));
-    };
     typedef several<2>::floats two_floats;
-
-    long min(const long a, const long b) { return a < b ? a : b; }
-    long max(const long a, const long b) { return a > b ? a : b; }
 
     // Where the memory of features() lies.  A histogram's bins are in pairs, a cell's and that of the cell below, as
     // each pixel adds to both.
@@ -36,7 +21,7 @@ namespace
         long cells(const long row) const { return pairs() + (2 + (row & 1)) * num_orientations * cell_step; }
         long energies(const long row) const { return pairs() + (4 * num_orientations + (row & 1)) * cell_step; }
         long limits(const long row) const { return energies(0) + (2 + (row & 1)) * cell_step; }
-        long scales(const long row) const { return energies(0) + (4 + (row & 1)) * cell_step; }
+        long factors(const long row) const { return energies(0) + (4 + (row & 1)) * cell_step; }
         long size() const { return energies(0) + 6 * cell_step; }
 
         const long num_cells; // in a row
@@ -62,12 +47,10 @@ namespace
         // dlib takes the longest of a gradient's projections on 18 directions.  Tangents between the directions, from
         // dlib's rounded cosines and sines, give the same for each of the 511 x 511 gradients of bytes.
         const float tangents[] = {0.0603f / 0.3420f, 0.1737f / 0.3008f, 0.2660f / 0.2232f, 0.3264f / 0.1188f};
-        #pragma GCC ivdep
         for (int i = 0; i < end - begin; ++i)
         {
             const int x = begin + i;
             float dx = row[x + 1] - row[x - 1], dy = below[x] - above[x], squared = dx * dx + dy * dy;
-            #pragma GCC unroll 2
             for (int k = 1; k < 3; ++k)
             {
                 const float color_dx = row[k * step + x + 1] - row[k * step + x - 1];
@@ -128,7 +111,6 @@ namespace
         for (long c = 0; c < num; ++c)
         {
             float sum = 0;
-            #pragma GCC unroll 9
             for (int o = 0; o < 9; ++o)
             {
                 const float both = cells[o * step + c] + cells[(o + 9) * step + c];
@@ -139,59 +121,47 @@ namespace
     }
 
     // What the bins of a block of 2 x 2 cells are limited to, and multiplied with.
-    void find_limits(float* __restrict const limits, float* __restrict const scales, const float* const above,
+    void find_limits(float* __restrict const limits, float* __restrict const factors, const float* const above,
         const float* const below, const long num)
     {
         for (long c = 0; c < num; ++c)
         {
             limits[c] = 0.2f * __builtin_sqrtf(above[c] + above[c + 1] + below[c] + below[c + 1] + 0.0001f);
-            scales[c] = 0.1f / limits[c];
+            factors[c] = 0.1f / limits[c];
         }
     }
 
     // A row of features from its cells' bins, each limited by the four blocks of which it is a part.
     void make_features(float* __restrict const out, const long plane_step, const float* const cells,
-        const long cell_step, const float* const limits_above, const float* const scales_above,
-        const float* const limits_below, const float* const scales_below, const long num)
+        const long cell_step, const float* const limits_above, const float* const factors_above,
+        const float* const limits_below, const float* const factors_below, const long num)
     {
         #pragma GCC ivdep
         for (long x = 0; x < num; ++x)
         {
             const float limits[] = {limits_below[x + 1], limits_above[x + 1], limits_below[x], limits_above[x]};
-            const float scales[] = {scales_below[x + 1], scales_above[x + 1], scales_below[x], scales_above[x]};
-            float textures[4] = {};
+            const float factors[] = {factors_below[x + 1], factors_above[x + 1], factors_below[x], factors_above[x]};
+            const auto feature = [&](const float bin, float (&sums)[4])
+            {
+                float parts[4];
+                for (int k = 0; k < 4; ++k)
+                    sums[k] += parts[k] = (bin < limits[k] ? bin : limits[k]) * factors[k];
+                return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+            };
+            float textures[4] = {}, unused[4] = {};
             #pragma GCC unroll 6
             for (int o = 0; o < num_orientations; o += 3)
             {
                 float three[4] = {};
-                #pragma GCC unroll 3
                 for (int i = o; i < o + 3; ++i)
-                {
-                    const float bin = cells[i * cell_step + x];
-                    float parts[4];
-                    #pragma GCC unroll 4
-                    for (int k = 0; k < 4; ++k)
-                    {
-                        parts[k] = (bin < limits[k] ? bin : limits[k]) * scales[k];
-                        three[k] += parts[k];
-                    }
-                    out[i * plane_step + x] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-                }
-                #pragma GCC unroll 4
+                    out[i * plane_step + x] = feature(cells[i * cell_step + x], three);
                 for (int k = 0; k < 4; ++k)
                     textures[k] += three[k];
             }
             #pragma GCC unroll 9
             for (int o = 0; o < 9; ++o)
-            {
-                const float bin = cells[o * cell_step + x] + cells[(o + 9) * cell_step + x];
-                float parts[4];
-                #pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k)
-                    parts[k] = (bin < limits[k] ? bin : limits[k]) * scales[k];
-                out[(o + num_orientations) * plane_step + x] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-            }
-            #pragma GCC unroll 4
+                out[(o + num_orientations) * plane_step + x] =
+                    feature(cells[o * cell_step + x] + cells[(o + 9) * cell_step + x], unused);
             for (int k = 0; k < 4; ++k)
                 out[(27 + k) * plane_step + x] = textures[k] * (float)(2 * 0.2357);
         }
@@ -242,12 +212,12 @@ namespace
             take_cells(space + in.cells(row), pairs, in.cell_step, in.num_cells);
             find_energies(space + in.energies(row), space + in.cells(row), in.cell_step, in.num_cells);
             if (row > begin)
-                find_limits(space + in.limits(row), space + in.scales(row), space + in.energies(row - 1),
+                find_limits(space + in.limits(row), space + in.factors(row), space + in.energies(row - 1),
                     space + in.energies(row), in.num_cells - 1);
             if (row > begin + 1)
                 make_features(out + (row - 2) * row_step, plane_step, space + in.cells(row - 1) + 1, in.cell_step,
-                    space + in.limits(row - 1), space + in.scales(row - 1), space + in.limits(row),
-                    space + in.scales(row), in.num_cells - 2);
+                    space + in.limits(row - 1), space + in.factors(row - 1), space + in.limits(row),
+                    space + in.factors(row), in.num_cells - 2);
         }
     }
 
@@ -258,7 +228,6 @@ namespace
     {
         typedef typename several<num>::floats floats;
         floats sum = *(const floats*)(in + first * step) * filter[first];
-        #pragma GCC unroll 10
         for (int j = first + every; j < hog_filter_size; j += every)
             sum += *(const floats*)(in + j * step) * filter[j];
         return sum;
@@ -276,7 +245,6 @@ namespace
         for (long r = 0; r < rows; r += num_rows)
             for (long c = begin; c < end; c += num)
             {
-                #pragma GCC unroll 2
                 for (long i = r; i < r + num_rows; ++i)
                 {
                     const float* const from = in + i * in_step + c;

@@ -1,5 +1,4 @@
-#ifndef HOG_KERNELS_H
-#define HOG_KERNELS_H
+#pragma once
 
 // The loops of HOG that take its time: dlib's features (dlib/image_transforms/fhog.h, after Felzenszwalb, Girshick,
 // McAllester and Ramanan, "Object Detection with Discriminatively Trained Part-Based Models", 2010), and the filters
@@ -29,5 +28,3 @@ struct hog_kernels
     void (*filter)(float* scores, long score_step, const float* in, long in_step, long rows, long columns,
         const float* row_filter, const float* column_filter, float* space);
 };
-
-#endif

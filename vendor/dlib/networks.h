@@ -1,5 +1,4 @@
-#ifndef NETWORKS_H
-#define NETWORKS_H
+#pragma once
 
 #include "convolution.h"
 #include <array>
@@ -15,7 +14,7 @@ struct detector_network
     std::vector<filter_bank> layers; // in the order of the data
     std::array<float, 3> average;    // red, green and blue, which pixels are seen relative to
     unsigned long padding, outer_padding;  // of the image pyramid
-    unsigned long face_width, face_height; // in a level of it
+    unsigned long face_width, face_height; // in a scale of it
     dlib::test_box_overlap overlaps;       // whether two boxes are taken to be of the same face
 };
 
@@ -29,5 +28,3 @@ struct describer_network
 };
 
 describer_network load_describer(const std::string& file);
-
-#endif

@@ -1,5 +1,4 @@
-#ifndef PLANES_H
-#define PLANES_H
+#pragma once
 
 // An image in memory that somebody else owns: one plane after the other, each row by row; or a part of such an image.
 template <typename T>
@@ -21,7 +20,9 @@ struct planes
         return p;
     }
 
-    T* row(const long plane, const long r) const { return data + plane * plane_step + r * row_step; }
+    // Kernels use it, too: it must be inlined there (cpu.h).
+    __attribute__((always_inline)) T* row(const long plane, const long r) const
+    {
+        return data + plane * plane_step + r * row_step;
+    }
 };
-
-#endif

@@ -1,5 +1,4 @@
-#ifndef RESIZE_H
-#define RESIZE_H
+#pragma once
 
 #include "planes.h"
 #include <vector>
@@ -25,9 +24,8 @@ public:
 
 private:
     planes<T> to, from;
+    std::vector<double> ys, last_xs; // see resize_map
     std::vector<int> lefts;
     std::vector<float> fractions;
     long rows_per_task;
 };
-
-#endif

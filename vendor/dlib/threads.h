@@ -1,5 +1,4 @@
-#ifndef THREADS_H
-#define THREADS_H
+#pragma once
 
 #include <functional>
 
@@ -12,5 +11,3 @@ long num_threads();
 // parallel_for() hands an exception to whoever waits for the pool next, while other tasks still run.)
 // Several threads may call it at a time.
 void for_each_task(long num, const std::function<void(long)>& task);
-
-#endif
