@@ -25,18 +25,33 @@ hog = dlib.get_frontal_face_detector()
 print(dlib.DLIB_FAST_FACES)
 print([(face.rect, round(face.confidence, 4)) for face in cnn(image)], hog(image, 1))
 """
+MANY_FACES = f"""{FACES}
+file = models + "/dlib_face_recognition_resnet_model_v1.dat"
+describer = dlib.face_recognition_model_v1(file)
+chips = [np.ascontiguousarray(image[y:][:150, 125:275]) for y in range(0, 200, 10)]
+print([list(numbers) for numbers in describer.compute_face_descriptor(chips)])
+"""
+MEMORY = f"""{FACES}
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+before = resident()
+large = np.zeros((1500, 2000, 3), np.uint8)
+cnn(large), hog(large, 1)
+print(resident() - before)
+"""
 
 pytestmark = pytest.mark.skipif(
     not hasattr(dlib, "DLIB_FAST_FACES"), reason="stock dlib"
 )
 
 
-def faces(*emulator, level=""):
+def faces(*emulator, level="", threads="", code=FACES):
     """Return the level of CPU and the faces that another process finds."""
+    told = {"FACES_CPU": level, "DLIB_NUM_THREADS": threads}
     done = subprocess.run(
-        [*emulator, sys.executable, "-c", FACES],
+        [*emulator, sys.executable, "-c", code],
         # What numpy may be told of this CPU is not true of an emulated one.
-        env=os.environ | {"FACES_CPU": level, "OPENBLAS_CORETYPE": ""},
+        env=os.environ | told | {"OPENBLAS_CORETYPE": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -49,6 +64,16 @@ def test_a_lower_level_finds_the_same_faces():
     levels = ["AVX-512", "AVX2", "SSE2"] if platform.machine() == "x86_64" else ["NEON"]
     for level in levels[levels.index(best) :]:
         assert faces(level=level) == [level, expected]
+
+
+def test_any_number_of_threads_computes_the_same():
+    """They share the parts of a photo, of a network's filters, or the faces."""
+    one, three, seven = (faces(threads=n, code=MANY_FACES) for n in ("1", "3", "7"))
+    assert len(one) == 3 and one == three == seven
+
+
+def test_a_large_photo_leaves_little_memory():
+    assert int(faces(code=MEMORY)[-1]) < 40
 
 
 def test_a_level_that_there_is_not():

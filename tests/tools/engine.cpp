@@ -150,6 +150,38 @@ static bool check_all_resizing()
     return same == cases;
 }
 
+// Few values, so that colours often have equal gradients: which of them counts depends on the column.
+static bool check_features()
+{
+    long cases = 0, same = 0;
+    for (long columns = 20; columns < 60; ++columns)
+        for (const long rows : {20, 31, 44})
+        {
+            array2d<rgb_pixel> img(rows, columns);
+            for (auto& p : img)
+                p = rgb_pixel(chance.get_random_32bit_number() % 3, chance.get_random_32bit_number() % 3, 90);
+            dlib::array<array2d<float>> expected;
+            extract_fhog_features(img, expected, hog_cell_size, 1, 1);
+            std::vector<unsigned char> image;
+            for (const long k : {0, 1, 2})
+            {
+                const auto plane = plane_of<unsigned char>(img, k);
+                image.insert(image.end(), plane.begin(), plane.end());
+            }
+            const long num_rows = expected[0].nr(), num_columns = expected[0].nc(), plane = num_rows * num_columns;
+            std::vector<float> features(hog_num_planes * plane), space(cpu().hog->features_space(columns));
+            for (long r = 0; r < num_rows; ++r)
+                cpu().hog->features(features.data(), num_columns, plane, image.data(), rows, columns, r, r + 1, space.data());
+            ++cases;
+            bool equal = true;
+            for (long k = 0; k < hog_num_planes; ++k)
+                equal &= plane_of<float>(expected[k], 0) == std::vector<float>(&features[k * plane], &features[k * plane] + plane);
+            same += equal;
+        }
+    std::cout << "HOG's features as dlib's in " << same << " of " << cases << " images\n";
+    return same == cases;
+}
+
 static bool check_hog(const int num_photos, char** const photos)
 {
     auto stock = get_frontal_face_detector();
@@ -203,5 +235,5 @@ static bool check_hog(const int num_photos, char** const photos)
 int main(int argc, char** argv)
 {
     std::cout << cpu().name << ":\n";
-    return check_convolutions() & check_all_resizing() & check_hog(argc - 1, argv + 1) ? 0 : 1;
+    return check_convolutions() & check_all_resizing() & check_features() & check_hog(argc - 1, argv + 1) ? 0 : 1;
 }

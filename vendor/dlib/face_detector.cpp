@@ -67,9 +67,8 @@ void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector
                 for (const auto& scale : scales)
                     if (scale.top() <= r && r <= scale.bottom())
                     {
-                        if (done < scale.left())
-                            std::fill(row + done, row + scale.left(), 0);
-                        done = std::max(done, scale.right() + 1);
+                        std::fill(row + std::min(done, scale.left()), row + scale.left(), 0);
+                        done = scale.right() + 1;
                     }
                 std::fill(row + done, row + pyramid.columns, 0);
 
