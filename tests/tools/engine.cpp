@@ -153,7 +153,7 @@ static bool check_all_resizing()
 // Few values, so that colours often have equal gradients: which of them counts depends on the column.
 static bool check_features()
 {
-    long cases = 0, same = 0;
+    float worst = 0; // dlib's own sums depend on what it is compiled for
     for (long columns = 20; columns < 60; ++columns)
         for (const long rows : {20, 31, 44})
         {
@@ -172,14 +172,11 @@ static bool check_features()
             std::vector<float> features(hog_num_planes * plane), space(cpu().hog->features_space(columns));
             for (long r = 0; r < num_rows; ++r)
                 cpu().hog->features(features.data(), num_columns, plane, image.data(), rows, columns, r, r + 1, space.data());
-            ++cases;
-            bool equal = true;
-            for (long k = 0; k < hog_num_planes; ++k)
-                equal &= plane_of<float>(expected[k], 0) == std::vector<float>(&features[k * plane], &features[k * plane] + plane);
-            same += equal;
+            for (long i = 0; i < hog_num_planes * plane; ++i)
+                worst = std::max(worst, std::abs((&expected[i / plane][0][0])[i % plane] - features[i]));
         }
-    std::cout << "HOG's features as dlib's in " << same << " of " << cases << " images\n";
-    return same == cases;
+    std::cout << "HOG's features at most " << worst << " from dlib's\n";
+    return worst < 1e-6;
 }
 
 static bool check_hog(const int num_photos, char** const photos)
