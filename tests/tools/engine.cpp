@@ -77,9 +77,9 @@ static bool check_convolutions()
                 for (long stride = 1; stride <= std::min(size, 3L); ++stride)
                     for (long padding = 0; padding < size; padding += std::max(1L, size / 2))
                         for (long rows : {1, 2, 7, 30})
-                            for (long columns : {1, 4, 31, 700})
+                            for (long columns : {1, 4, 31, 900})
                             {
-                                if (size > rows + 2 * padding || size > columns + 2 * padding || (columns == 700 && depth == 16 && size > 5))
+                                if (size > rows + 2 * padding || size > columns + 2 * padding || (columns == 900 && depth == 16 && size > 5))
                                     continue;
                                 const filter_bank filters = {num, depth, size, stride, padding, noise(num * depth * size * size), noise(num)};
                                 const long reach = (size + stride - 1) / stride;
