@@ -61,10 +61,8 @@ TOO_MUCH = f"The photo takes more {{}} to decode than one may here: {SCALE}."
 TOO_LARGE = f"{{}} pixels take more memory than a photo may here: {SCALE}."
 CRASH = "The image makes its decoder crash: {}."
 # The signals that code can bring on its own process; others come from outside.
-CRASHES = {
-    signal.Signals[f"SIG{name}"]
-    for name in ("ABRT", "BUS", "FPE", "ILL", "SEGV", "TRAP")
-}
+CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+CRASHES |= {signal.SIGSEGV, signal.SIGTRAP}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
 log = logging.getLogger("facerecognition")
