@@ -275,6 +275,8 @@ def wait_for_photo(control, server):
     wall = filter_of_calls()
     size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     request, files, _, _ = socket.recv_fds(control, 1024, 3)
+    if not request:  # the service has ended
+        return
     photo, answer, ending = files
     socket.send_fds(server, [b"."], [ending])
     os.dup2(1, 2)  # to the log only the service writes
