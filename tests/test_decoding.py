@@ -37,15 +37,11 @@ def take_over(file):
         ctypes.string_at(0)
     while act == b"act:spins":
         pass
+    lock = Lock()
+    lock.acquire()
     if act == b"act:hangs":
-        from threading import Lock
-        lock = Lock()
-        lock.acquire()
         lock.acquire()
     if act == b"act:drips":
-        from threading import Lock
-        lock = Lock()
-        lock.acquire()
         answer(200, 1000, 1000)
         while not lock.acquire(timeout=0.0005):
             for fd in ours:
@@ -138,14 +134,15 @@ def test_whatever_a_decoder_does_it_refuses_only_its_photo(app, content, status,
     assert set(seen) == {200}
 
 
-@pytest.mark.parametrize("act", [b"act:hangs", b"act:drips", b"act:short"])
-def test_what_does_not_end_is_killed(app, monkeypatch, act):
+@pytest.mark.parametrize(
+    "act, word",
+    [(b"act:hangs", "time"), (b"act:drips", "time"), (b"act:short", "memory")],
+)
+def test_what_does_not_end_is_killed(app, monkeypatch, act, word):
     """The second time, as a machine can be frozen; also if the fork server hangs."""
     monkeypatch.setattr(decoding, "SECONDS_TO_ANSWER", 1)
     kill([app.decoder.server.pid], signal.SIGSTOP)
-    refused(
-        app.detect(SMALL + act), 412, "more memory" if "short" in str(act) else "time"
-    )
+    refused(app.detect(SMALL + act), 412, f"more {word}")
     monkeypatch.undo()
     assert [app.detect(SMALL)[0] for _ in range(3)] == [200] * 3
 
@@ -204,7 +201,8 @@ def busy(app):
     return []
 
 
-# Twice the log's, its photo's, which has no name, and the socket to answer on.
+# Its photo's, which has no name, twice, as it is mapped; standard output and error, which
+# lead nowhere; and the socket to answer on.
 FILES = ["(deleted)", "(deleted)", "/dev/null", "/dev/null", "socket"]
 
 

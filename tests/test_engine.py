@@ -35,8 +35,9 @@ print(together)
 print(together == alone)
 """
 MEMORY = f"""{FACES}
+import mmap
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+    return int(open("/proc/self/statm").read().split()[1]) * mmap.PAGESIZE >> 20
 before = resident()
 large = np.zeros((1500, 2000, 3), np.uint8)
 cnn(large), hog(large, 1)

@@ -115,7 +115,7 @@ class Decoder:
                 self.server.kill()  # and with it the decoders
                 if hung:
                     raise Refusal(412, TOO_MUCH.format("time")) from None
-                hung, failure = True, error  # the first time, the machine was frozen
+                hung, failure = True, error  # the machine can have been frozen
             except ConnectionError as error:
                 failure = error
             log.warning("%s: the photo is tried again", failure)
@@ -154,7 +154,9 @@ class Decoder:
         with theirs:
             self.server = subprocess.Popen(
                 [sys.executable, "-I", "-Wignore", __file__, str(self.count)],
-                env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # nor our key
+                env={
+                    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+                },  # our key is not passed on
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C does not reach it
@@ -164,7 +166,7 @@ class Decoder:
 def read_answer(answer, until, region, pixels, border):
     """Return what a decoder answers, raise its ``Refusal``, or ``EOFError`` if it ends.
 
-    What no decoder answers that is in its senses is taken for a crash.
+    What no working decoder answers is taken for a crash.
     """
     head = receive(answer, bytearray(ANSWER.size), until)
     status, width, height = ANSWER.unpack(head)
@@ -177,7 +179,7 @@ def read_answer(answer, until, region, pixels, border):
     if status in (400, 412, 415) and width <= LONGEST_REASON:
         reason = receive(answer, bytearray(width), until).decode("ascii", "replace")
         raise Refusal(status, ascii(reason)[1:-1])  # it can quote the file
-    raise Refusal(400, CRASH.format("it answers what is none"))
+    raise Refusal(400, CRASH.format("its answer is none"))
 
 
 def receive(connection, buffer, until):
@@ -279,7 +281,7 @@ def wait_for_photo(control, server):
         return
     photo, answer, ending = files
     socket.send_fds(server, [b"."], [ending])
-    os.dup2(1, 2)  # to the log only the service writes
+    os.dup2(1, 2)  # from here on, only the service writes to the log
     os.close(ending)
     control.close()
     server.close()

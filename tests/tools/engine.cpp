@@ -94,16 +94,15 @@ static bool check_convolutions()
     return cases > 1000 && worst < 1e-5;
 }
 
-// A plane of an image of dlib's, as its own view.
+// The planes of an image of dlib's, one after the other.
 template <typename T, typename image_type>
-static std::vector<T> plane_of(const image_type& img, long k)
+static std::vector<T> planes_in(const image_type& img)
 {
-    const long num = sizeof(img[0][0]) / sizeof(T);
     std::vector<T> values;
-    for (long r = 0; r < img.nr(); ++r)
-        for (long c = 0; c < img.nc(); ++c)
-            values.push_back(((const T*)&img[r][c])[k]);
-    DLIB_CASSERT(k < num);
+    for (size_t k = 0; k < sizeof(img[0][0]) / sizeof(T); ++k)
+        for (long r = 0; r < img.nr(); ++r)
+            for (long c = 0; c < img.nc(); ++c)
+                values.push_back(((const T*)&img[r][c])[k]);
     return values;
 }
 
@@ -115,21 +114,13 @@ static bool check_resizing(long rows, long columns, long out_rows, long out_colu
     for (auto& p : from)
         for (long k = 0; k < num; ++k)
             ((T*)&p)[k] = chance.get_random_32bit_number() % 256;
-    std::vector<T> input, output(num * out_rows * out_columns);
-    for (long k = 0; k < num; ++k)
-    {
-        const auto plane = plane_of<T>(from, k);
-        input.insert(input.end(), plane.begin(), plane.end());
-    }
+    std::vector<T> input = planes_in<T>(from), output(num * out_rows * out_columns);
     const resizing<T> tasks(planes<T>(output.data(), num, out_rows, out_columns), planes<T>(input.data(), num, rows, columns));
     for_each_task(tasks.num, [&](long i) { tasks.run(i); });
     if (std::max(columns, out_columns) > 38000)
         return true; // dlib writes beyond the end of a row
     resize_image(from, to);
-    for (long k = 0; k < num; ++k)
-        if (plane_of<T>(to, k) != std::vector<T>(output.begin() + k * to.size(), output.begin() + (k + 1) * to.size()))
-            return false;
-    return true;
+    return planes_in<T>(to) == output;
 }
 
 static bool check_all_resizing()
@@ -162,18 +153,15 @@ static bool check_features()
                 p = rgb_pixel(chance.get_random_32bit_number() % 3, chance.get_random_32bit_number() % 3, 90);
             dlib::array<array2d<float>> expected;
             extract_fhog_features(img, expected, hog_cell_size, 1, 1);
-            std::vector<unsigned char> image;
-            for (const long k : {0, 1, 2})
-            {
-                const auto plane = plane_of<unsigned char>(img, k);
-                image.insert(image.end(), plane.begin(), plane.end());
-            }
-            const long num_rows = expected[0].nr(), num_columns = expected[0].nc(), plane = num_rows * num_columns;
-            std::vector<float> features(hog_num_planes * plane), space(cpu().hog->features_space(columns));
-            for (long r = 0; r < num_rows; ++r)
-                cpu().hog->features(features.data(), num_columns, plane, image.data(), rows, columns, r, r + 1, space.data());
-            for (long i = 0; i < hog_num_planes * plane; ++i)
-                worst = std::max(worst, std::abs((&expected[i / plane][0][0])[i % plane] - features[i]));
+            auto image = planes_in<unsigned char>(img);
+            const planes<unsigned char> in(image.data(), 3, rows, columns);
+            std::vector<float> features(hog_num_planes * expected[0].size()), space(cpu().hog->features_space(columns));
+            const planes<float> out(features.data(), hog_num_planes, expected[0].nr(), expected[0].nc());
+            for (long r = 0; r < out.rows; ++r)
+                cpu().hog->features(out, in, r, r + 1, space.data());
+            for (long k = 0; k < out.num; ++k)
+                for (long i = 0; i < out.plane_step; ++i)
+                    worst = std::max(worst, std::abs((&expected[k][0][0])[i] - out.row(k, 0)[i]));
         }
     std::cout << "HOG's features at most " << worst << " from dlib's\n";
     return worst < 1e-6;
@@ -232,5 +220,9 @@ static bool check_hog(const int num_photos, char** const photos)
 int main(int argc, char** argv)
 {
     std::cout << cpu().name << ":\n";
-    return check_convolutions() & check_all_resizing() & check_features() & check_hog(argc - 1, argv + 1) ? 0 : 1;
+    bool same = check_convolutions();
+    same &= check_all_resizing();
+    same &= check_features();
+    same &= check_hog(argc - 1, argv + 1);
+    return same ? 0 : 1;
 }

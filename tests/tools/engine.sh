@@ -14,7 +14,7 @@ for file in Path("tests/photos").glob("[abo]*.[jp]*g"):
     Image.open(file).convert("RGB").reduce(2).save(f"{sys.argv[1]}/{file.stem}.bmp")
 END
 
-# compile COMPILER LEVEL FLAG...: a level's kernels, which must define nothing that others could, too.
+# compile_level COMPILER LEVEL FLAG...: a level's kernels, which must define nothing but their tables.
 compile_level() {
     local compiler=$1 level=$2 kernels
     shift 2
@@ -29,10 +29,10 @@ compile_level() {
 
 # compare COMPILER EMULATOR FLAG...
 compare() {
-    local compiler=$1 emulator=$2 file level
+    local compiler=$1 emulator=$2 program level flags levels names
     shift 2
-    for file in "$compiler" $emulator; do
-        command -v "$file" > /dev/null || { echo "Not run: $file is not installed"; return; }
+    for program in "$compiler" $emulator; do
+        command -v "$program" > /dev/null || { echo "Not run: $program is not installed"; return; }
     done
     echo "$compiler $*"
     rm -f "$out"/*.o
@@ -44,7 +44,9 @@ compare() {
     "$compiler" -std=c++14 -O2 -ffp-contract=off -DDLIB_NO_GUI_SUPPORT -isystem "$source" -Ivendor/dlib -pthread \
         ${emulator:+-static} "$@" -o "$out/engine" "$out"/*.o tests/tools/engine.cpp \
         vendor/dlib/{convolution,cpu,dlib,frontal_detector,resize,threads}.cpp
-    for level in $(FACES_CPU='?' $emulator "$out/engine" 2>&1 | sed -n 's/,//g; s/.*can take \(.*\)\./\1/p'); do
+    names=$(FACES_CPU='?' $emulator "$out/engine" 2>&1 | sed -n 's/,//g; s/.*can take \(.*\)\./\1/p')
+    [ -n "$names" ] || { echo "It does not say which levels it can run"; exit 1; }
+    for level in $names; do
         FACES_CPU=$level $emulator "$out/engine" "$out"/*.bmp
     done
 }

@@ -54,40 +54,41 @@ namespace
     };
 
     // The strips that one thread computes, one after the other, and their pixels.
-    class strip
+    class strips
     {
     public:
-        strip(const dealing& how, const long first, const long last, const long num_filters, const long num_parts)
-            : how(how), t(first - 1), last(last), num_filters(num_filters), num_parts(num_parts),
-            pixels(new float[how.in.num * how.step * how.step * how.plane + kernels.block_size]) {}
+        strips(const dealing& dealt, const long first, const long last, const long num_filters, const long num_parts)
+            : dealt(dealt), number(first - 1), last(last), num_filters(num_filters), num_parts(num_parts),
+            pixels(new float[dealt.in.num * dealt.step * dealt.step * dealt.plane + kernels.block_size]) {}
 
         // Goes to the next one, and deals its rows out.  Returns false if there is none.
         bool next()
         {
-            if (++t == last)
+            if (++number == last)
                 return false;
-            const long task = t % (how.num_columns * how.num_strips), part = t / (how.num_columns * how.num_strips);
+            const long num_strips = dealt.num_columns * dealt.num_strips;
+            const long task = number % num_strips, part = number / num_strips;
             first_filter = part * num_filters / num_parts;
             end_filter = (part + 1) * num_filters / num_parts;
-            column = task / how.num_strips * how.column_width;
-            begin = task % how.num_strips * how.strip_size;
-            end = std::min(begin + how.strip_size, how.num_positions);
+            column = task / dealt.num_strips * dealt.column_width;
+            begin = task % dealt.num_strips * dealt.strip_size;
+            end = std::min(begin + dealt.strip_size, dealt.num_positions);
             deal_rows();
             return true;
         }
 
         // The pixels of a block of positions, in plane 0.
-        const float* at(const long position) const { return &pixels[position - begin / how.width * how.width]; }
+        const float* at(const long position) const { return &pixels[position - begin / dealt.width * dealt.width]; }
 
         // Stores the values of the positions from first on, each a square of so many pixels, in a plane of the output.
         void store(const planes<float>& out, const long plane, const float* const values, const long first,
             const long square, const float bias, const bool add, const float least) const
         {
-            const long last = std::min(first + kernels.block_size, end), width = how.width;
+            const long last = std::min(first + kernels.block_size, end), width = dealt.width;
             for (long i = first; i < last; i = (i / width + 1) * width)
             {
                 const long r = i / width * square, c = (column + i % width) * square;
-                const long n = std::min(std::min(last - i, how.column_width - i % width) * square, out.columns - c);
+                const long n = std::min(std::min(last - i, dealt.column_width - i % width) * square, out.columns - c);
                 for (long y = 0; y < square && r + y < out.rows; ++y)
                     kernels.store(out.row(plane, r + y) + c, values + (y * kernels.block_size + i - first) * square, n,
                         bias, add, least);
@@ -101,24 +102,24 @@ namespace
         // If it goes on where the strip before has ended, the rows that both need are moved rather than dealt again.
         void deal_rows()
         {
-            const long first_row = begin / how.width, step = how.step;
-            const long end_row = (end - 1) / how.width + 1 + how.beyond;
+            const long first_row = begin / dealt.width, step = dealt.step;
+            const long end_row = (end - 1) / dealt.width + 1 + dealt.beyond;
             const long kept = begin == 0 ? 0 : std::max(0L, dealt_end - first_row);
-            const long left = how.padding - column * step;
-            const long right = left + how.in.columns;
-            for (long k = 0; k < how.in.num; ++k)
+            const long left = dealt.padding - column * step;
+            const long right = left + dealt.in.columns;
+            for (long k = 0; k < dealt.in.num; ++k)
                 for (long y = 0; y < step; ++y)
                 {
-                    float* const p = &pixels[(k * step + y) * step * how.plane];
+                    float* const p = &pixels[(k * step + y) * step * dealt.plane];
                     for (long x = 0; kept > 0 && x < step; ++x)
-                        std::copy_n(p + x * how.plane + (first_row - dealt_begin) * how.width, kept * how.width,
-                            p + x * how.plane);
+                        std::copy_n(p + x * dealt.plane + (first_row - dealt_begin) * dealt.width, kept * dealt.width,
+                            p + x * dealt.plane);
                     for (long row = first_row + kept; row < end_row; ++row)
                     {
-                        const long r = row * step + y - how.padding;
-                        const bool inside = 0 <= r && r < how.in.rows;
-                        kernels.deal(p + (row - first_row) * how.width, how.plane,
-                            how.in.row(k, inside ? r : 0) - left, how.width, step, std::max(left, 0L),
+                        const long r = row * step + y - dealt.padding;
+                        const bool inside = 0 <= r && r < dealt.in.rows;
+                        kernels.deal(p + (row - first_row) * dealt.width, dealt.plane,
+                            dealt.in.row(k, inside ? r : 0) - left, dealt.width, step, std::max(left, 0L),
                             inside ? std::max(right, 0L) : 0);
                     }
                 }
@@ -127,28 +128,28 @@ namespace
         }
 
         const convolution_kernels& kernels = *cpu().convolution;
-        const dealing& how;
-        long t; // counts strips, once for each part of the filters
+        const dealing& dealt;
+        long number; // counts strips, once for each part of the filters
         const long last, num_filters, num_parts;
         const floats pixels;
         long column; // the first position's
         long dealt_begin = 0, dealt_end = 0; // rows
     };
 
-    // Has work(strips) compute all strips: threads take shares of them.  Where there are fewer strips than threads,
+    // Has work compute all strips: threads take shares of them.  Where there are fewer strips than threads,
     // they take parts of the filters, too.
-    void for_each_share(const dealing& how, const long num_filters, const bool use_threads,
-        const std::function<void(strip&)>& work)
+    void for_each_share(const dealing& dealt, const long num_filters, const bool use_threads,
+        const std::function<void(strips&)>& work)
     {
         const long threads = use_threads ? num_threads() : 1;
-        const long num_strips = how.num_columns * how.num_strips;
+        const long num_strips = dealt.num_columns * dealt.num_strips;
         const long num_parts = std::max(1L, std::min(num_filters, threads / num_strips));
         const long num = num_parts * num_strips;
         const long num_shares = threads == 1 ? 1 : std::min(num, 8 * threads);
         for_each_task(num_shares, [&](const long i)
         {
-            strip strips(how, i * num / num_shares, (i + 1) * num / num_shares, num_filters, num_parts);
-            work(strips);
+            strips share(dealt, i * num / num_shares, (i + 1) * num / num_shares, num_filters, num_parts);
+            work(share);
         });
     }
 
@@ -232,15 +233,15 @@ void convolution::directly(const planes<float>& out, const planes<float>& in, co
 {
     const convolution_kernels& kernels = *cpu().convolution;
     const long block_size = kernels.block_size;
-    const dealing how(in, padding, stride, size, out.rows, out.columns, block_size);
+    const dealing dealt(in, padding, stride, size, out.rows, out.columns, block_size);
     std::vector<long> offsets; // of the pixels that a filter's values are multiplied with
     for (long k = 0; k < depth; ++k)
         for (long y = 0; y < size; ++y)
             for (long x = 0; x < size; ++x)
-                offsets.push_back(how.offset(k, y, x));
+                offsets.push_back(dealt.offset(k, y, x));
     const long products = offsets.size();
 
-    for_each_share(how, num, use_threads, [&](strip& s)
+    for_each_share(dealt, num, use_threads, [&](strips& s)
     {
         const floats sums(new float[num * block_size]);
         while (s.next())
@@ -260,19 +261,19 @@ void convolution::by_winograd(const planes<float>& out, const planes<float>& in,
     const convolution_kernels& kernels = *cpu().convolution;
     const long block_size = kernels.block_size, num_points = side * side;
     const auto squares = [](const long pixels) { return (pixels + square_size - 1) / square_size; };
-    const dealing how(in, padding, square_size * stride, stride * (side - 1) + 1, squares(out.rows), squares(out.columns),
+    const dealing dealt(in, padding, square_size * stride, stride * (side - 1) + 1, squares(out.rows), squares(out.columns),
         block_size);
     std::vector<long> square; // offsets of a square's pixels
     for (long y = 0; y < side; ++y)
         for (long x = 0; x < side; ++x)
-            square.push_back(how.offset(0, y * stride, x * stride));
+            square.push_back(dealt.offset(0, y * stride, x * stride));
     std::vector<long> channels, offsets; // of their squares' first pixels, and of their values at a point
     for (long k = 0; k < depth; ++k)
         for (long y = 0; y < stride; ++y)
             for (long x = 0; x < stride; ++x)
             {
                 offsets.push_back(channels.size() * block_size);
-                channels.push_back(how.offset(k, y, x));
+                channels.push_back(dealt.offset(k, y, x));
             }
     const long products = channels.size();
     // From one point's values to the next's.  A multiple of 4096 bytes, as with 128 channels, would have all points share
@@ -282,7 +283,7 @@ void convolution::by_winograd(const planes<float>& out, const planes<float>& in,
     const auto to_points = kernels.squares_to_points[side == 8];
     const auto to_squares = kernels.points_to_squares[side == 8];
 
-    for_each_share(how, num, use_threads, [&](strip& s)
+    for_each_share(dealt, num, use_threads, [&](strips& s)
     {
         const floats at_points(new float[num_points * point_step]), sums(new float[num_points * sum_step]);
         const floats pixels(new float[square_size * square_size * block_size]);

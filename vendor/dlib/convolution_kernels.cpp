@@ -1,4 +1,4 @@
-// Includes nothing with inline functions: see cpu.h.  Products are added without rounding them first where the
+// Uses no inline functions of other headers: see cpu.h.  Products are added without rounding them first where the
 // processor can (-ffp-contract=fast), as in any BLAS.
 #include "convolution_kernels.h"
 #include "lanes.h"

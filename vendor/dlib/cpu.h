@@ -7,8 +7,9 @@
 // The kernels are the loops that take the time.  Their sources are compiled several times, each time with other
 // instructions and into another namespace, which LEVEL names.  One build so serves every CPU of an architecture.
 //
-// A kernel's source includes nothing that defines functions, neither the standard library's headers nor dlib's: of an
-// inline function that several sources define, the linker keeps one for all, and it could be the one with AVX-512.
+// A kernel's source uses no inline function of a header, neither of the standard library's nor of dlib's: of one that
+// several sources define, the linker keeps one for all, and it could be the one with AVX-512.  Those of lanes.h are in an
+// anonymous namespace, and planes::row() is always inlined.
 struct cpu_level
 {
     const char* name;

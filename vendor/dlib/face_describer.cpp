@@ -15,10 +15,9 @@ namespace
         image& operator=(image&&) = default;
     };
 
-    // The chip as the network sees it: relative to the average pixel of dlib's input_rgb_image_sized.
-    image as_planes(const rgb_view& chip)
+    // The chip as the network sees it: relative to the average pixel.
+    image as_planes(const rgb_view& chip, const std::array<float, 3>& average)
     {
-        const float average[] = {122.782f, 117.001f, 104.298f};
         image seen(3, chip.rows, chip.columns);
         for (long k = 0; k < 3; ++k)
             for (long i = 0; i < chip.rows * chip.columns; ++i)
@@ -54,13 +53,14 @@ face_describer::face_describer(const std::string& file)
         const bool large = filters.depth >= 8 && filters.num <= 64 && filters.stride == 1;
         layers.emplace_back(filters, true, large ? convolution::method::winograd : convolution::method::direct);
     }
+    average = trained.average;
     last.swap(trained.last);
 }
 
 std::vector<float> face_describer::describe(const rgb_view& chip, const bool use_threads) const
 {
     auto layer = layers.begin();
-    const image in = as_planes(chip);
+    const image in = as_planes(chip, average);
     image first(layer->num_planes(), layer->outputs(in.rows), layer->outputs(in.columns));
     (*layer++)(first, in, use_threads);
     image now = pooled(first, first.num, 3, [](const float a, const float b) { return std::max(a, b); });

@@ -20,5 +20,6 @@ private:
     std::vector<float> describe(const rgb_view& chip, bool use_threads) const;
 
     std::vector<convolution> layers;
+    std::array<float, 3> average; // pixel
     std::vector<float> last; // 256 x 128: from the last layer's mean values to a descriptor
 };

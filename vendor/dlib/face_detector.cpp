@@ -11,6 +11,7 @@ using namespace dlib;
 namespace
 {
     typedef pyramid_down<6> pyramid_type;
+    const long padding = 10, outer_padding = 11; // of the pyramid, as dlib has them for this version of the file
 
     // The first three layers, the downsampler, have filters of 5 x 5 and a stride of 2.  So n rows of their output are
     // made from this many of their input...
@@ -61,7 +62,8 @@ void face_detector::make_pyramid(const planes<float>& pyramid, const std::vector
         for (long r = i * rows_at_a_time; r < std::min((i + 1) * rows_at_a_time, pyramid.rows); ++r)
             for (long k = 0; k < pyramid.num; ++k)
             {
-                // Zeros around the scales, which stand from left to right.  Those of a tiny photo overlap.
+                // Zeros around the scales, which stand from left to right.  Those of a photo narrower than 22 pixels
+                // overlap: there, which pixels are read before they are overwritten is not as in dlib.
                 float* const row = pyramid.row(k, r);
                 long done = 0;
                 for (const auto& scale : scales)
@@ -152,7 +154,7 @@ std::vector<mmod_rect> face_detector::operator()(const rgb_view& photo)
         return {};
     long rows, columns;
     std::vector<rectangle> scales;
-    impl::compute_tiled_image_pyramid_details(pyramid_type(), photo.rows, photo.columns, net.padding, net.outer_padding,
+    impl::compute_tiled_image_pyramid_details(pyramid_type(), photo.rows, photo.columns, padding, outer_padding,
         scales, rows, columns);
     const auto downsampled = [&](const long n) { return layers[2].outputs(layers[1].outputs(layers[0].outputs(n))); };
     const long out_rows = downsampled(rows), out_columns = downsampled(columns), plane = out_rows * out_columns;

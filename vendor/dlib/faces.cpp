@@ -4,6 +4,7 @@
 #include "face_detector.h"
 #include "frontal_detector.h"
 #include "rgb_view.h"
+#include <cstring>
 #include <dlib/image_processing/shape_predictor.h>
 #include <dlib/image_transforms/interpolation.h>
 #include <pybind11/numpy.h>

@@ -3,7 +3,9 @@
 #include "cpu.h"
 #include "resize.h"
 #include "threads.h"
+#include <algorithm>
 #include <dlib/image_processing/frontal_face_detector.h>
+#include <memory>
 
 using namespace dlib;
 
@@ -72,8 +74,7 @@ namespace
                 std::fill(row + padding_before + s.columns, row + out.columns, 0);
             }
         const std::unique_ptr<float[]> space(new float[kernels.features_space(s.image.columns)]);
-        kernels.features(out.row(0, padding_before) + padding_before, out.row_step, out.plane_step, s.image.data,
-            s.image.rows, s.image.columns, begin, end, space.get());
+        kernels.features(out.part(padding_before, padding_before, s.rows, s.columns), s.image, begin, end, space.get());
     }
 
     planes<unsigned char> planes_of(const rgb_view& photo, buffer<unsigned char>& memory)

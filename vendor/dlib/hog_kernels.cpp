@@ -1,4 +1,4 @@
-// Includes nothing with inline functions: see cpu.h.
+// Uses no inline functions of other headers: see cpu.h.
 #include "hog_kernels.h"
 #include "lanes.h"
 
@@ -167,9 +167,10 @@ namespace
         }
     }
 
-    void features(float* const out, const long row_step, const long plane_step, const unsigned char* const image,
-        const long rows, const long columns, const long begin, const long end, float* const space)
+    void features(const planes<float>& out, const planes<unsigned char>& image, const long begin, const long end,
+        float* const space)
     {
+        const long rows = image.rows, columns = image.columns;
         const layout in(columns);
         float* const pairs = space + in.pairs();
         for (long i = 0; i < 2 * num_orientations * in.cell_step; ++i)
@@ -183,8 +184,11 @@ namespace
         {
             float* const to = space + in.pixels(y);
             for (long k = 0; k < 3; ++k)
+            {
+                const unsigned char* const from = image.row(k, y);
                 for (long x = 0; x < columns; ++x)
-                    to[k * columns + x] = image[(k * rows + y) * columns + x];
+                    to[k * columns + x] = from[x];
+            }
         };
 
         // Pixels lie between the centres of a row of cells and the next one.
@@ -215,7 +219,7 @@ namespace
                 find_limits(space + in.limits(row), space + in.factors(row), space + in.energies(row - 1),
                     space + in.energies(row), in.num_cells - 1);
             if (row > begin + 1)
-                make_features(out + (row - 2) * row_step, plane_step, space + in.cells(row - 1) + 1, in.cell_step,
+                make_features(out.row(0, row - 2), out.plane_step, space + in.cells(row - 1) + 1, in.cell_step,
                     space + in.limits(row - 1), space + in.factors(row - 1), space + in.limits(row),
                     space + in.factors(row), in.num_cells - 2);
         }

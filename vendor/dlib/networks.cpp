@@ -33,6 +33,8 @@ namespace
                 read<T>();
         }
 
+        std::array<float, 3> average() { return {{read<float>(), read<float>(), read<float>()}}; }
+
         void skip_aliases(const int num) { skip<long>(5 * num); } // version and shape of a tensor's part
 
         std::vector<float> tensor()
@@ -185,10 +187,7 @@ detector_network load_detector(const std::string& file)
         in.skip<test_box_overlap>(1);
         if (in.past_versions() != "input_rgb_image_pyramid")
             throw serialization_error("it has another input");
-        for (float& average : net.average)
-            average = in.read<float>();
-        net.padding = 10; // as dlib has it for this version
-        net.outer_padding = 11;
+        net.average = in.average();
         net.layers = read_layers(in);
         return net;
     });
@@ -200,7 +199,7 @@ describer_network load_describer(const std::string& file)
         describer_network net;
         in.skip<double>(2); // for training
         in.past_versions();
-        in.skip<float>(3);
+        net.average = in.average();
         in.skip<long>(2);
         net.layers = read_layers(in, &net.last);
         return net;

@@ -1,4 +1,4 @@
-// Includes nothing with inline functions: see cpu.h.  All is computed in dlib's order, so that it is rounded as there.
+// Uses no inline functions of other headers: see cpu.h.  All is computed in dlib's order, so that it is rounded as there.
 #include "resize_kernels.h"
 #include "lanes.h"
 
@@ -58,16 +58,18 @@ namespace
             {
                 const long top = (long)map.ys[r];
                 const T *const above = in.row(k, top), *const below = in.row(k, min(top + 1, in.rows - 1));
-                if (above == loaded_below && above != loaded_above)
+                if (above != loaded_above)
                 {
-                    T* const swapped = pairs_above;
-                    pairs_above = pairs_below;
-                    pairs_below = swapped;
-                }
-                else if (above != loaded_above)
-                    load_pairs(pairs_above, above, map);
-                if (above != loaded_above || below != loaded_below)
+                    if (above == loaded_below)
+                    {
+                        T* const swapped = pairs_above;
+                        pairs_above = pairs_below;
+                        pairs_below = swapped;
+                    }
+                    else
+                        load_pairs(pairs_above, above, map);
                     load_pairs(pairs_below, below, map);
+                }
                 loaded_above = above;
                 loaded_below = below;
 
