@@ -1,5 +1,6 @@
 """What an image has taken over, and what is killed meanwhile, costs no other photo."""
 
+import errno
 import os
 import random
 import signal
@@ -192,6 +193,21 @@ def test_no_photo_is_lost_while_decoders_are_killed():
     decoder.close()
 
 
+def test_a_fork_server_that_cannot_be_started_is_tried_again(app, monkeypatch):
+    failures = [BlockingIOError(errno.EAGAIN, "no process"), OSError("no memory")]
+
+    def start(*command, **options):
+        if failures:
+            raise failures.pop()
+        return started(*command, **options)
+
+    started = decoding.subprocess.Popen
+    monkeypatch.setattr(decoding.subprocess, "Popen", start)
+    kill([app.decoder.server.pid])
+    app.decoder.server.wait()
+    assert app.detect(SMALL)[0] == 200 and not failures
+
+
 def busy(app):
     """The decoders that have a photo: the system would take these first for memory."""
     decoders = children(app.decoder.server.pid)
@@ -281,13 +297,25 @@ def test_start_tells_what_would_fail_every_photo(tmp_path, monkeypatch, caplog, 
     monkeypatch.delenv("TMPDIR")
     program = Path(decoding.__file__).read_text()
     monkeypatch.setattr(decoding, "__file__", str(tmp_path / "decoding.py"))
-    for fault in ("def main(count):", "def wait_for_photo(control, server):"):
-        assert fault in program
-        broken = program.replace(fault, f"{fault}\n    raise OSError('not here')")
+    for begins, fault, said in (
+        ("def main(count):", "raise OSError('not here')", "go on: not here"),
+        (
+            "def wait_for_photo(control, server):",
+            "raise OSError('here')",
+            "can't start",
+        ),
+        (
+            "def wait_for_photo(control, server):",
+            "os.kill(os.getpid(), signal.SIGSYS)",
+            "",
+        ),
+    ):
+        assert begins in program
+        broken = program.replace(begins, f"{begins}\n    {fault}")
         (tmp_path / "decoding.py").write_text(broken)
         with pytest.raises(SystemExit, match="^No photo can be .* server has ended$"):
             module.check_decoding()
-        assert "not here" in capfd.readouterr().err
+        assert said in capfd.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(module, "can_shut_in", lambda: False)
     module.check_decoding()

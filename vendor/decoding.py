@@ -62,7 +62,7 @@ TOO_LARGE = f"{{}} pixels take more memory than a photo may here: {SCALE}."
 CRASH = "The image makes its decoder crash: {}."
 # The signals that code can bring on its own process; others come from outside.
 CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-CRASHES |= {signal.SIGSEGV, signal.SIGTRAP}
+CRASHES |= {signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.__errno_location.restype = ctypes.POINTER(ctypes.c_int)
 log = logging.getLogger("facerecognition")
@@ -90,7 +90,10 @@ def exceeds(region, pixels, border):
 
 
 class Decoder:
-    """Decodes so many photos at once, and keeps the fork server running for that."""
+    """Decodes so many photos at once, and keeps the fork server running for that.
+
+    Its end is that of the thread that has started it, so those that decode must live on.
+    """
 
     def __init__(self, count, pauses=PAUSES):
         self.count, self.pauses, self.lock = count, pauses, Lock()
@@ -116,7 +119,7 @@ class Decoder:
                 if hung:
                     raise Refusal(412, TOO_MUCH.format("time")) from None
                 hung, failure = True, error  # the machine can have been frozen
-            except ConnectionError as error:
+            except OSError as error:  # it was killed, or none can be started now
                 failure = error
             log.warning("%s: the photo is tried again", failure)
         if isinstance(failure, ConnectionAbortedError):
@@ -235,6 +238,8 @@ def main(count):
                     for other in (ours, *decoders.values()):
                         other.close()
                     wait_for_photo(control, theirs)
+                except BrokenPipeError:
+                    pass  # we were killed
                 except (MemoryError, OSError, ValueError) as error:
                     print(f"A decoder can't start: {error!r}", file=sys.stderr)
                 finally:
@@ -247,8 +252,8 @@ def main(count):
         for ending in endings:
             with socket.socket(fileno=ending) as ending, suppress(OSError):
                 ending.send(bytes([os.WTERMSIG(status)]))
-        if not endings and os.WIFEXITED(status):  # the next one would not start, either
-            return
+        if not endings and os.WTERMSIG(status) in (0, *CRASHES):
+            return  # as the next one would not start, either
 
 
 def decode_example(format):
