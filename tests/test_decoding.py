@@ -297,21 +297,13 @@ def test_start_tells_what_would_fail_every_photo(tmp_path, monkeypatch, caplog, 
     monkeypatch.delenv("TMPDIR")
     program = Path(decoding.__file__).read_text()
     monkeypatch.setattr(decoding, "__file__", str(tmp_path / "decoding.py"))
-    for begins, fault, said in (
-        ("def main(count):", "raise OSError('not here')", "go on: not here"),
-        (
-            "def wait_for_photo(control, server):",
-            "raise OSError('here')",
-            "can't start",
-        ),
-        (
-            "def wait_for_photo(control, server):",
-            "os.kill(os.getpid(), signal.SIGSYS)",
-            "",
-        ),
+    for where, fault, said in (
+        ("main(count)", "raise OSError('not here')", "go on: not here"),
+        ("wait_for_photo(control, server)", "raise OSError('no')", "can't start"),
+        ("wait_for_photo(control, server)", "os.kill(os.getpid(), signal.SIGSYS)", ""),
     ):
-        assert begins in program
-        broken = program.replace(begins, f"{begins}\n    {fault}")
+        assert f"def {where}:\n" in program
+        broken = program.replace(f"def {where}:\n", f"def {where}:\n    {fault}\n")
         (tmp_path / "decoding.py").write_text(broken)
         with pytest.raises(SystemExit, match="^No photo can be .* server has ended$"):
             module.check_decoding()

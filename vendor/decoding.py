@@ -157,9 +157,7 @@ class Decoder:
         with theirs:
             self.server = subprocess.Popen(
                 [sys.executable, "-I", "-Wignore", __file__, str(self.count)],
-                env={
-                    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
-                },  # our key is not passed on
+                env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # not the key
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C does not reach it
@@ -239,7 +237,7 @@ def main(count):
                         other.close()
                     wait_for_photo(control, theirs)
                 except BrokenPipeError:
-                    pass  # we were killed
+                    pass  # the fork server was killed
                 except (MemoryError, OSError, ValueError) as error:
                     print(f"A decoder can't start: {error!r}", file=sys.stderr)
                 finally:
