@@ -150,7 +150,14 @@ def test_what_trickles_ends_in_time():
 def test_a_machine_can_be_frozen(app, monkeypatch):
     """Or its fork server alone, which then does not tell how a decoder has ended."""
     monkeypatch.setattr(decoding, "SECONDS_TO_ANSWER", 1)
-    frozen = [app.decoder.server.pid, *children(app.decoder.server.pid)]
+    server = app.decoder.server.pid
+
+    def all_wait():
+        decoders = children(server)
+        return len(decoders) == 2 and all(map(leaves_no_core, decoders))
+
+    wait_for(all_wait)
+    frozen = [server, *children(server)]
     kill(frozen, signal.SIGSTOP)
     assert app.detect(SMALL)[0] == 200
     assert not [pid for pid in frozen if Path("/proc", str(pid)).exists()]
@@ -167,7 +174,7 @@ def test_what_a_decoder_has_and_that_it_is_tried_again_when_killed(app, caplog):
             wait_for(lambda of=of: kinds_of_files(of) == FILES)
             assert shared.KEY not in (of / "environ").read_text()
             assert "\nCapEff:\t0000000000000000\n" in (of / "status").read_text()
-            assert "core file size 0 0" in " ".join((of / "limits").read_text().split())
+            assert leaves_no_core(decoder)
             kill([decoder], by)
             wait_for(lambda gone=decoder: gone not in busy(app))
         refused(answer.result(), 412, "more memory")
@@ -208,6 +215,12 @@ def test_a_fork_server_that_cannot_be_started_is_tried_again(app, monkeypatch):
     kill([app.decoder.server.pid])
     app.decoder.server.wait()
     assert app.detect(SMALL)[0] == 200 and not failures
+
+
+def leaves_no_core(decoder):
+    """Then it has come so far that it ends with its fork server."""
+    limits = Path("/proc", str(decoder), "limits").read_text()
+    return "core file size 0 0" in " ".join(limits.split())
 
 
 def busy(app):

@@ -126,12 +126,12 @@ def test_sigterm_finishes_photos_in_flight_and_queued(start, closed_terminal):
 def test_a_killed_worker_process_is_replaced(start):
     """So are the processes that decode: all that wait for a photo, and their parent."""
     service = start(PHOTOS_AT_ONCE=4)
+    assert service.detect(SMALL)[0] == 200
     (server,) = children(service.worker())
-    hung = [server, *children(server)]
-    for pid in hung:
-        os.kill(pid, signal.SIGSTOP)
+    former = [server, *children(server)]
+    os.kill(server, signal.SIGSTOP)  # it ends, too
     os.kill(service.worker(), signal.SIGKILL)
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in hung))
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in former))
     wait_for(lambda: service.log().count("Booting worker") == 2)
     wait_for(lambda: shared.answers(service))
     assert service.detect(SMALL)[0] == 200
