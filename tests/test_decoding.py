@@ -160,7 +160,7 @@ def test_a_machine_can_be_frozen(app, monkeypatch):
     frozen = [server, *children(server)]
     kill(frozen, signal.SIGSTOP)
     assert app.detect(SMALL)[0] == 200
-    assert not [pid for pid in frozen if Path("/proc", str(pid)).exists()]
+    wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in frozen))
     kill([app.decoder.server.pid], signal.SIGSTOP)
     refused(app.detect(SMALL + b"act:short"), 412, "more memory")
 
