@@ -180,7 +180,7 @@ def read_answer(answer, until, region, pixels, border):
     if status in (400, 412, 415) and width <= LONGEST_REASON:
         reason = receive(answer, bytearray(width), until).decode("ascii", "replace")
         raise Refusal(status, ascii(reason)[1:-1])  # it can quote the file
-    raise Refusal(400, CRASH.format("its answer is none"))
+    raise Refusal(400, CRASH.format("it gives no valid answer"))
 
 
 def receive(connection, buffer, until):
